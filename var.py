@@ -1,0 +1,290 @@
+"""VAR: a GPT-2-like transformer that predicts the next scale instead of the next token.
+
+    var = VAR(depth=16); images = var.generate(vae, labels)        # vae: tokenizer.VQVAE
+
+Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
+Section 6 for editing. From leaf to root: the mask, top-k and top-p, attention, the AdaLN block, VAR.
+
+Where the paper and the released weights differ, the released behaviour is here:
+- Guidance is 2.0 in Table 3 and 1.5 in the release; it grows linearly over the scales, and is
+  written (1 + t) c - t u, so that t = 1.5 is 2.5 in the other convention.
+- Queries and keys of "unit length" still have a learned scale a head.
+- The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
+
+Letters: B batch, K scales, k one of them from 0, p positions a side of a scale, l = p * p its
+tokens, L tokens of all scales, w width, d depth, h heads, V codes, z code dimension.
+Names of parameters are those of the released files, so that weights go both ways as they are.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def scale_of_token(patch_nums):
+    """The scale that each of the L tokens belongs to: (L,) int64, rising."""
+    return torch.arange(len(patch_nums)).repeat_interleave(torch.tensor(patch_nums) ** 2)
+
+
+def block_causal_mask(patch_nums):
+    """The mask of Fig. 4, (L, L): 0 where token i may see token j, -inf where it may not.
+
+    A token sees its own scale whole, and all scales before it. Scales 1 and 2 make 1 + 4 tokens:
+        0 x x x x        the first scale sees itself
+        0 0 0 0 0        every token of the second sees the first and the whole second
+        ...              (four such rows)
+    """
+    scale = scale_of_token(patch_nums)
+    return torch.zeros(len(scale), len(scale)).masked_fill(scale[:, None] < scale[None], -torch.inf)
+
+
+def filter_logits(logits, top_k=0, top_p=0.0):
+    """Sets all but the top_k largest logits, then all outside the top-p set, to -inf.
+
+    logits (..., V). The top-p set is the smallest whose probability reaches top_p, never empty.
+    0 switches either off; top_k above V and top_p of 1 keep everything.
+    """
+    V = logits.shape[-1]
+    if 0 < top_k < V:
+        kth = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if 0 < top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        outside[..., -1] = False
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return logits
+
+
+def drop_path(branch, noise, rate):
+    """Stochastic depth: leaves out a residual branch (B, L, w) for the images whose noise (B,) < rate."""
+    return branch * ((noise >= rate) / (1 - rate))[:, None, None].to(branch.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with queries and keys of unit length (Section 4) and a learned scale a head."""
+
+    def __init__(self, w, heads, qk_norm):
+        super().__init__()
+        self.heads, self.qk_norm = heads, qk_norm
+        self.mat_qkv, self.proj = nn.Linear(w, 3 * w, bias=False), nn.Linear(w, w)
+        # A bias of the keys would shift all logits of a query alike, and softmax would not see it.
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.zeros(w))
+        self.register_buffer('zero_k_bias', torch.zeros(w))
+        if qk_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
+
+    def forward(self, x, mask, cache):
+        """x (B, l, w) of one scale with a cache, or (B, L, w) of all scales with the mask (L, L).
+        cache: a list, [] at first, then [keys, values] of the scales so far, (B, h, ., 64) each."""
+        B, l, w = x.shape
+        qkv = F.linear(x, self.mat_qkv.weight, torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]))
+        q, k, v = qkv.view(B, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, l, 64)
+        if self.qk_norm:
+            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(math.log(100)).exp()
+            k = F.normalize(k, dim=-1)
+        else:                                         # the ablation, Table 3: as the official code
+            q = q * (0.25 / math.sqrt(q.shape[-1]))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache or (k[:, :, :0],) * 2, (k, v)))
+            cache[:] = k, v
+        if torch.is_grad_enabled() and not x.is_cuda:
+            # Backward through torch's fused attention takes 6 times as long on a CPU in bfloat16.
+            x = (q @ k.transpose(2, 3) + mask.to(q.dtype)).softmax(-1) @ v            # (B, h, l, 64)
+        else:
+            mask = None if mask is None else mask.to(q.dtype)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1)
+        return self.proj(x.transpose(1, 2).reshape(B, l, w))
+
+
+class Block(nn.Module):
+    """Attention and FFN, each scaled, shifted and gated by the class: AdaLN (Section 4)."""
+
+    def __init__(self, w, heads, drop_rate, shared_aln, qk_norm):
+        super().__init__()
+        self.w, self.drop_rate = w, drop_rate
+        self.attn = Attention(w, heads, qk_norm)
+        self.ffn = nn.ModuleDict({'fc1': nn.Linear(w, 4 * w), 'fc2': nn.Linear(4 * w, w)})
+        if shared_aln:
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, w))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w))
+
+    def modulation(self, condition, shared):
+        """The six vectors of AdaLN, each (B, 1, w). They depend on the class alone, so generation
+        asks for them once an image, not once a scale: they are a third of all weights (8)."""
+        if shared is None:
+            return self.ada_lin(condition).view(-1, 1, 6, self.w).unbind(2)
+        return (self.ada_gss + shared).unbind(2)
+
+    def forward(self, x, modulation, mask=None, cache=None, noise=None):
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        h = self.attn(norm(x) * (1 + scale1) + shift1, mask, cache) * gamma1
+        x = x + (h if noise is None else drop_path(h, noise[:, 0], self.drop_rate))
+        h = self.ffn['fc1'](norm(x) * (1 + scale2) + shift2)
+        h = self.ffn['fc2'](F.gelu(h, approximate='tanh')) * gamma2
+        return x + (h if noise is None else drop_path(h, noise[:, 1], self.drop_rate))
+
+
+def norm(x):
+    """LayerNorm without parameters of its own: AdaLN brings them."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class VAR(nn.Module):
+    """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6), for token maps r_k of patch_nums[k] a side.
+
+    depth d sets width 64 d and d heads (7). Class index num_classes stands for "no class".
+    """
+
+    def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, num_classes=1000,
+                 vocab_size=4096, z_channels=32, shared_aln=False, qk_norm=True):
+        super().__init__()
+        self.patch_nums, self.num_classes, self.vocab_size = tuple(patch_nums), num_classes, vocab_size
+        w, K, first, L = 64 * depth, len(patch_nums), patch_nums[0] ** 2, sum(p * p for p in patch_nums)
+        self.word_embed = nn.Linear(z_channels, w)
+        self.class_emb = nn.Embedding(num_classes + 1, w)
+        self.pos_start = nn.Parameter(torch.empty(1, first, w))
+        self.pos_1LC = nn.Parameter(torch.empty(1, L, w))
+        self.lvl_embed = nn.Embedding(K, w)
+        self.register_buffer('lvl_1L', scale_of_token(patch_nums)[None])
+        self.register_buffer('attn_bias_for_masking', block_causal_mask(patch_nums)[None, None])
+        drop = [0.1 * depth / 24 * i / max(depth - 1, 1) for i in range(depth)]         # (7)
+        self.blocks = nn.ModuleList(Block(w, depth, rate, shared_aln, qk_norm) for rate in drop)
+        self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w)) if shared_aln else None
+        self.head_nm = nn.ModuleDict({'ada_lin': nn.Sequential(nn.SiLU(), nn.Linear(w, 2 * w))})
+        self.head = nn.Linear(w, vocab_size)
+        self.init_weights(w, depth)
+
+    @torch.no_grad()
+    def init_weights(self, w, depth):
+        """Initial weights, by name; the gates gamma open slowly, the more so the deeper the model."""
+        gate = {16: 1e-3, 20: 1e-3, 24: 1e-4}.get(depth, 1e-5)
+        for name, p in self.named_parameters():
+            if name.endswith('bias'):
+                p.zero_()
+            elif not name.endswith('scale_mul_1H11'):
+                nn.init.trunc_normal_(p, std=math.sqrt(1 / (3 * w)))
+            if name.endswith(('attn.proj.weight', 'fc2.weight')):
+                p.div_(math.sqrt(2 * depth))     # the residual stream then does not grow with depth
+            elif name == 'head.weight':
+                p.mul_(0.02)                     # the first loss is that of a uniform guess, ln V
+            elif name == 'head_nm.ada_lin.1.weight':
+                p.mul_(0.5)
+            elif name.endswith('ada_lin.1.weight'):
+                p.view(6, w, w).mul_(torch.tensor([gate] * 2 + [0.5] * 4)[:, None, None])
+            elif name.endswith('ada_gss'):
+                p.normal_(std=w ** -0.5).mul_(torch.tensor([gate] * 2 + [0.5] * 4)[:, None])
+
+    def start(self, condition):
+        """The input of the first scale, [s] of Fig. 4: the class. (B, w) -> (B, p_1^2, w)."""
+        return condition[:, None] + self.pos_start
+
+    def positions(self):
+        """Where a token is, and of which scale it is: (1, L, w), added to every input."""
+        return self.pos_1LC + self.lvl_embed(self.lvl_1L)
+
+    def modulations(self, condition):
+        """What AdaLN asks of the class (B, w): six vectors a block, two for the head, (B, 1, w) each."""
+        shared = self.shared_ada_lin and self.shared_ada_lin(condition).view(len(condition), 1, 6, -1)
+        head = self.head_nm['ada_lin'](condition)[:, None].chunk(2, dim=-1)
+        return [block.modulation(condition, shared) for block in self.blocks], head
+
+    def logits(self, x, modulation):
+        """(B, l, w) -> (B, l, V), float32."""
+        scale, shift = modulation
+        return self.head(norm(x.float()) * (1 + scale) + shift).float()
+
+    def forward(self, labels, var_input, noise=None):
+        """Teacher forcing: the logits of all scales at once, under the block-causal mask (Fig. 4).
+
+        labels (B,) int64; var_input (B, L - p_1^2, z), VQVAE.var_input -> logits (B, L, V), float32.
+        noise: (B, 1 + 2 d) uniform draws, which decide on label dropout and stochastic depth, drawn
+        here if not given. Given, a batch has one outcome however many processes share it. Training
+        only: in evaluation it is not used.
+        """
+        noise = torch.rand(len(labels), 1 + 2 * len(self.blocks), device=labels.device) \
+            if noise is None and self.training else noise if self.training else None
+        if noise is not None:
+            labels = labels.masked_fill(noise[:, 0] < 0.1, self.num_classes)
+        condition = self.class_emb(labels)                                      # (B, w)
+        blocks, head = self.modulations(condition)
+        x = torch.cat([self.start(condition), self.word_embed(var_input)], dim=1)
+        x = x + self.positions()                                                # (B, L, w)
+        mask = self.attn_bias_for_masking[0, 0]
+        for i, (block, modulation) in enumerate(zip(self.blocks, blocks)):
+            x = block(x, modulation, mask, noise=None if noise is None else noise[:, 1 + 2 * i:][:, :2])
+        return self.logits(x, head)                                             # (B, L, V)
+
+    @torch.no_grad()
+    def generate(self, vae, labels, cfg=1.5, top_k=900, top_p=0.96, seed=None, smooth=False,
+                 given=None, keep=None, return_tokens=False):
+        """Draws pictures scale by scale: K forward passes, keys and values cached, no mask.
+
+        labels: (B,) class indices; num_classes for "no class". cfg: the guidance of the last scale.
+        smooth: passes on a Gumbel-softmax mixture of codes instead of the drawn ones ("more smooth":
+        prettier, but not for FID). given, keep: Section 6, zero-shot editing: token maps (B, l) a
+        scale, and a mask (p_K, p_K) that is 1 where they are kept.
+        Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps.
+        The same seed gives the same pictures on the same kind of device.
+        """
+        device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
+        labels = torch.as_tensor(labels, device=device)
+        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
+        # Guidance doubles the batch: the class above, "no class" below. Without it half is saved.
+        if cfg:
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+        condition = self.class_emb(labels)                                      # (2B, w)
+        blocks, head = self.modulations(condition)
+        caches = [[] for _ in self.blocks]
+        positions = self.positions().split([p * p for p in self.patch_nums], dim=1)
+        x, f_hat, tokens = self.start(condition), 0, []
+        for k, p in enumerate(self.patch_nums):
+            ratio = k / max(K - 1, 1)
+            x = x + positions[k]                                                # (2B, l, w)
+            for block, modulation, cache in zip(self.blocks, blocks, caches):
+                x = block(x, modulation, cache=cache)
+            logits = self.logits(x, head)                                       # (2B, l, V)
+            if cfg:
+                t = cfg * ratio
+                logits = (1 + t) * logits[:B] - t * logits[B:]                  # (B, l, V)
+            logits = filter_logits(logits, top_k, top_p)
+            r_k = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=rng).view(B, -1)
+            z_k = vae.quantize.embedding(r_k)                                   # (B, l, z)
+            if smooth:
+                gumbel = -torch.empty_like(logits).exponential_(generator=rng).log()
+                tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
+                mixture = ((logits * (1 + ratio) + gumbel) / tau).softmax(-1)
+                z_k = mixture @ vae.quantize.embedding.weight
+            if given is not None:
+                # All tokens were drawn; those to keep are replaced. The mask is cut at one half at
+                # every scale, and 1x1, which is all of the picture, is always kept.
+                kept = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear') > 0.5
+                kept = (kept.flatten() | (p * p < 4)).to(device)                # (l,)
+                r_k = torch.where(kept, given[k], r_k)
+                z_k = torch.where(kept[:, None], vae.quantize.embedding(given[k]), z_k)
+            tokens.append(r_k)
+            f_hat = vae.quantize.add_scale(f_hat, k, z_k)                       # (B, z, P, P)
+            if k + 1 < K:
+                x = self.word_embed(vae.next_input(f_hat, k + 1))               # (B, l', w)
+                x = torch.cat([x, x]) if cfg else x
+        images = vae.picture(f_hat) / 2 + 0.5
+        return (images, tokens) if return_tokens else images
+
+    @classmethod
+    def from_state_dict(cls, sd):
+        """The model that the shapes and the level buffer of a state dict show, with its weights.
+        KeyError or RuntimeError if it is none."""
+        sides = sd['lvl_1L'].flatten().bincount().sqrt().long().tolist()
+        depth = sum(name.endswith('.attn.mat_qkv.weight') for name in sd)
+        (V, _), (w, z) = sd['head.weight'].shape, sd['word_embed.weight'].shape
+        var = cls(sides, depth, len(sd['class_emb.weight']) - 1, V, z,
+                  'shared_ada_lin.1.weight' in sd, 'blocks.0.attn.scale_mul_1H11' in sd)
+        var.load_state_dict(sd)
+        return var
+
+    def official_state_dict(self):
+        """The state dict under the names of the released files, which are those used here."""
+        return self.state_dict()
