@@ -268,9 +268,9 @@ class VAR(nn.Module):
             tokens.append(r_k)
             f_hat = vae.quantize.add_scale(f_hat, k, z_k)                       # (B, z, P, P)
             if k + 1 < K:
-                x = self.word_embed(vae.next_input(f_hat, k + 1))               # (B, l', w)
+                x = self.word_embed(vae.quantize.shrink(f_hat, k + 1))               # (B, l', w)
                 x = torch.cat([x, x]) if cfg else x
-        images = vae.picture(f_hat) / 2 + 0.5
+        images = vae.picture(f_hat).clamp(-1, 1) / 2 + 0.5
         return (images, tokens) if return_tokens else images
 
     @classmethod
