@@ -8,13 +8,14 @@
 
 Paper: Section 5.1 (the sampling), Section 6 (Fig. 8), Fig. 7.
 Also here, because train.py needs them too: errors, devices, checkpoints, pictures in and out.
+Letters: B pictures at once, N in all, H x W their pixels, K scales, P places a side of the last.
 """
 import argparse
 import os
-import pickle
-import signal
 import sys
+import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,26 +26,44 @@ from PIL import Image, ImageOps
 from tokenizer import VQVAE
 from var import VAR
 
-VERSION = 1          # of the layout of ckpt.pt
+VERSION = 1                     # of the layout of ckpt.pt
+# What the released files do not tell: the tokenizer's scales, and the sampling of Section 5.1.
+RELEASED = {'patch_nums': (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+            'sampling': {'cfg': 1.5, 'top_k': 900, 'top_p': 0.96}}
 
 
 class Problem(Exception):
     """What is wrong and what to do, in one line for the user; the process ends with status 2."""
 
 
-def run(main):
-    """Runs main; what a user can mend ends in one line and status 2, an interruption in 130."""
+@contextmanager
+def attempt(what, otherwise):
+    """Turns any failure inside it into a Problem, as a damaged or hostile file may raise anything.
+
+    It says what failed, and why: the system's reason (no such file), or `otherwise` if it has none.
+    """
     try:
-        main()
-        return
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')                    # the user gets one line, or none
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            yield                                              # the body of the with statement
+    except Exception as e:
+        raise Problem(f'{what}: {getattr(e, "strerror", None) or otherwise}') from None
+
+
+def run(main):
+    """Runs main; what a user can mend ends in one line and status 2, an interruption in 130.
+
+    Every other exception is a fault of the program, and keeps its traceback.
+    """
+    try:
+        return main()
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except Problem as e:
+        sys.exit(130)                                          # as shells say it: 128 + SIGINT
+    except (Problem, OSError) as e:
         message = e
-    except OSError as e:
-        message = f'{e.filename or "file"}: {e.strerror or e}'
     except (RuntimeError, MemoryError) as e:
-        if 'memory' not in str(e) + type(e).__name__.lower():
+        if 'memory' not in f'{type(e)} {e}'.lower():           # torch has several errors for it
             raise
         message = 'out of memory: a smaller --batch or, in training, a larger --accumulate may fit'
     print(f'error: {message}', file=sys.stderr, flush=True)
@@ -52,21 +71,23 @@ def run(main):
 
 
 def pick_device(name=None):
-    """The device asked for, or the best there is: cuda, mps, cpu. Joins torchrun's process group."""
+    """The device asked for, or the best there is; Problem where it cannot be used.
+
+    Under torchrun it also joins the process group, and each process takes the GPU of its number.
+    """
     rank, world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     name = name or ('cuda' if torch.cuda.is_available() else
                     'mps' if torch.backends.mps.is_available() else 'cpu')
-    try:
+    with attempt(f'--device {name}', 'torch knows no such device, or this machine has none'):
         device = torch.device(f'cuda:{rank}' if name == 'cuda' else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise Problem(f'--device {name}: {str(e).splitlines()[0]}') from None
+        torch.zeros(1, device=device)                          # only use shows whether it is there
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device
 
 
 def rank_and_world():
+    """The number of this process and how many there are: (0, 1) if it is alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -78,78 +99,57 @@ def precision(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
-# ----------------------------------------------------------------------------------------------
-# Checkpoints
-
 def write_whole(path, write):
-    """Calls write(temporary file), flushes it to disk, renames it: path is old or new, never half."""
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:              # torch reports a full disk as RuntimeError
-        raise Problem(f'cannot write {path}: {getattr(e, "strerror", None) or e}') from None
-    finally:
-        part.unlink(missing_ok=True)
+    """Calls write(temporary file), flushes it to disk, renames it: path is old or new, never half.
+    Where the disk refuses it raises Problem, and leaves nothing behind."""
+    folder = Path(path).parent                                 # only there can it be renamed
+    with attempt(f'cannot write {path}', 'the disk may be full'):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.', dir=folder) as beside:
+            with open(Path(beside, 'part'), 'wb') as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())                           # or a crash could rename a hole
+            os.replace(f.name, path)                           # at once, for every reader
 
 
 def read_weights(path):
-    """A dict from a file of torch.save, whatever it claims to be: no code in it is run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            ckpt = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError as e:
-        raise Problem(f'cannot read {path}: {e.strerror or e}') from None
-    except pickle.UnpicklingError:
-        raise Problem(f'{path} is not a file of weights alone; it is not loaded') from None
-    except Exception:                     # a damaged file can fail anywhere inside torch's reader
-        raise Problem(f'{path} is cut short, damaged, or no checkpoint') from None
-    if not isinstance(ckpt, dict):
-        raise Problem(f'{path} holds no checkpoint')
-    return ckpt
+    """A dict from a file of torch.save, whatever it claims to be: no code in it is run.
+
+    Models are under 'vae' and 'var', as train.py saves them, also where others made the file.
+    """
+    with attempt(f'cannot read {path}', 'cut short, damaged, or no checkpoint of weights alone'):
+        ckpt = dict(torch.load(path, map_location='cpu', weights_only=True))
+        if 'lvl_1L' in ckpt:                                   # a released transformer
+            return {'var': ckpt}
+        if 'quantize.embedding.weight' in ckpt:                # a released tokenizer
+            return {'vae': ckpt}
+        if trainer := ckpt.get('trainer'):                     # both, from the official trainer
+            return {'vae': trainer['vae_local'], 'var': trainer['var_wo_ddp']}
+        return ckpt
 
 
 def load_models(path, tokenizer=None):
     """(vae, var or None, checkpoint) from a ckpt.pt of train.py, or from released files.
 
     tokenizer: a second file for the tokenizer, which a released transformer needs. The models are
-    on the CPU, in evaluation mode. Raises Problem where the file is of another kind.
+    on the CPU, in evaluation mode; the checkpoint always has 'sampling', options of VAR.generate.
+    Raises Problem where a file is of another kind, or where the two do not belong together.
     """
-    ckpt = {}
-    for file in [path] + ([tokenizer] if tokenizer else []):
-        found = read_weights(file)
-        if isinstance(found.get('trainer'), dict):                  # of the official trainer
-            found = {'vae': found['trainer'].get('vae_local'), 'var': found['trainer'].get('var_wo_ddp')}
-        elif 'lvl_1L' in found or 'quantize.embedding.weight' in found:         # a released file
-            found = {'var' if 'lvl_1L' in found else 'vae': found}
-        elif found.get('version') != VERSION:
-            raise Problem(f'{file} is no checkpoint of this program (version {VERSION}), nor released')
-        ckpt = {**found, **ckpt, **({'vae': found['vae']} if 'vae' in found else {})}
-    try:
+    ckpt = RELEASED | read_weights(path)
+    if tokenizer:
+        ckpt['vae'] = read_weights(tokenizer).get('vae')
+    if not ckpt.get('vae') or ckpt.get('version', VERSION) != VERSION:
+        raise Problem(f'{path} is no checkpoint of version {VERSION} with a tokenizer: if it is a '
+                      'released transformer, add --tokenizer vae_ch160v4096z32.pth')
+    with attempt(path, 'its weights do not fit this model'):
         var = VAR.from_state_dict(ckpt['var']).eval() if ckpt.get('var') else None
-        sides = var.patch_nums if var else ckpt.get('patch_nums', VQVAE().patch_nums)
-        if not ckpt.get('vae'):
-            raise Problem(f'{path} has no tokenizer: add --tokenizer vae_ch160v4096z32.pth')
+        sides = var.patch_nums if var else ckpt['patch_nums']
         vae = VQVAE.from_state_dict(ckpt['vae'], sides).eval()
-    except Problem:
-        raise
-    except Exception as e:                # hostile shapes fail in many ways, all of them this one
-        raise Problem(f'{path}: weights do not fit this model ({str(e).splitlines()[0][:80]})') from None
     if var and (var.vocab_size, var.word_embed.in_features) != vae.quantize.embedding.weight.shape:
         raise Problem(f'the tokenizer and the transformer of {path} were not trained together')
-    names = [str(c) for c in ckpt.get('classes') or range(var.num_classes if var else 0)]
-    sampling = ckpt.get('sampling') or {'cfg': 1.5, 'top_k': 900, 'top_p': 0.96}    # as released
-    return vae, var, {**ckpt, 'classes': names, 'sampling': sampling}
+    return vae, var, ckpt
 
-
-# ----------------------------------------------------------------------------------------------
-# Pictures
 
 def open_picture(path, size):
     """A picture file as RGB, upright, its shorter side at least `size` pixels: a PIL image.
@@ -157,36 +157,28 @@ def open_picture(path, size):
     Greyscale, palette, CMYK, 16 bit, transparent (on white) and animated (the first frame) too.
     Raises Problem if Pillow cannot read it to the end, or if it would fill the memory.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.draft('RGB', (2 * size, 2 * size))     # JPEG: decode at a fraction of the size
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith('I;16') or image.mode in 'IF':
-                    a = np.asarray(image, dtype=np.float32)
-                    image = Image.fromarray((a / (a.max() / 255 if a.max() > 255 else 1)).astype('uint8'))
-                if image.has_transparency_data:
-                    image = Image.alpha_composite(
-                        Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
-                return image.convert('RGB')
-    except OSError as e:
-        raise Problem(f'{path}: {e.strerror or "not a whole picture"}') from None
-    except Exception as e:                # decoders of damaged files raise what they like
-        raise Problem(f'{path}: {str(e).splitlines()[0][:80] if str(e) else type(e).__name__}') from None
+    with attempt(path, 'not a whole picture, or far too large'), Image.open(path) as image:
+        image.draft('RGB', (2 * size, 2 * size))               # decodes a JPEG smaller
+        image = ImageOps.exif_transpose(image)                 # cameras note which side is up
+        if image.mode[0] in 'IF':                              # convert() would cut at 255
+            grey = np.asarray(image, dtype=np.float32)
+            image = Image.fromarray((grey / max(grey.max() / 255, 1)).astype(np.uint8))
+        if image.has_transparency_data:                        # in palettes and greys as well
+            white = Image.new('RGBA', image.size, 'white')
+            image = Image.alpha_composite(white, image.convert('RGBA'))
+        return image.convert('RGB')
 
 
 def fit(image, size, short=None):
     """Scales a PIL image by Lanczos until its shorter side is `short` (default: size)."""
-    w, h = image.size
-    scale = (short or size) / min(w, h)
-    return image.resize((max(size, round(w * scale)), max(size, round(h * scale))), Image.LANCZOS)
+    scale = (short or size) / min(image.size)
+    return image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
 
 
 def center(image, size):
     """The middle square of a PIL image, uint8 (size, size, 3)."""
     x, y = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((x, y, x + size, y + size)))
+    return np.array(image.crop((x, y, x + size, y + size)))    # a copy, as torch wants to write
 
 
 def to_tensor(pictures):
@@ -196,72 +188,55 @@ def to_tensor(pictures):
 
 def to_uint8(images):
     """(B, 3, H, W) in [0, 1] -> uint8 (B, H, W, 3), floor(255 x + 0.5) as the evaluators expect."""
-    return (images.float() * 255 + 0.5).floor().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (images.float() * 255 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(path, rows):
-    """Rows of uint8 pictures (n, H, W, 3), with a margin of two pixels between them, to a file."""
-    H, W = rows[0].shape[1:3]
-    sheet = Image.new('RGB', ((W + 2) * max(map(len, rows)) - 2, (H + 2) * len(rows) - 2), 'white')
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(Image.fromarray(picture), (x * (W + 2), y * (H + 2)))
-    save_image(path, sheet)
+def save_grid(path, *grids):
+    """Writes rows of uint8 pictures (n, H, W, 3), two white pixels apart, as the name of path says.
 
-
-def save_image(path, image, **options):
+    Several grids are the frames of an animation. Raises Problem for a name of no kind of picture.
+    """
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise Problem(f'cannot tell the kind of picture from the name {path}: end it in .png')
-    write_whole(path, lambda f: image.save(f, kind, **options))
+    frames, most = [], max(len(row) for rows in grids for row in rows)
+    for rows in grids:
+        padded = [np.pad(row, ((0, most - len(row)), (0, 2), (0, 2), (0, 0)), constant_values=255)
+                  for row in rows]                             # (most, H + 2, W + 2, 3) each
+        frames.append(Image.fromarray(np.vstack([np.hstack(row) for row in padded])[:-2, :-2]))
+    options = {'save_all': True, 'append_images': frames[1:], 'loop': 0,
+               'duration': [300] * len(frames[1:]) + [1500]}   # the last frame stays to be seen
+    write_whole(path, lambda f: frames[0].save(f, kind, **options if frames[1:] else {}))
 
 
-# ----------------------------------------------------------------------------------------------
-# What is drawn
-
-def classes_of(asked, names):
-    """Class indices from indices and names, as the user wrote them; 'all' stands for every class."""
-    chosen = []
-    for word in asked:
-        if word == 'all':
-            chosen += range(len(names))
-        elif word in names:
-            chosen.append(names.index(word))
-        elif word.isdigit() and int(word) < len(names):
-            chosen.append(int(word))
-        else:
-            raise Problem(f'--cls {word}: no such class; there are 0 to {len(names) - 1}: '
-                          f'{", ".join(names[:12])}{", ..." if len(names) > 12 else ""}')
-    return chosen
+def classes_of(words, n, names):
+    """Indices of the classes that the user wrote as an index below n, as a name, or as 'all'."""
+    meaning = {str(i): [i] for i in range(n)}
+    meaning |= {name: [i] for i, name in enumerate(names)}     # a class may have the name 7
+    meaning['all'] = range(n)                                  # and no class can be named so
+    if unknown := [word for word in words if word not in meaning]:
+        raise Problem(f'--cls {unknown[0]}: no such class; there are 0 to {n - 1}, all, '
+                      + ', '.join(names[:12]))
+    return [i for word in words for i in meaning[word]]
 
 
 def keep_mask(boxes, outside, P):
-    """(P, P), True where the picture is kept. boxes: 'y0,x0,y1,x1' in fractions, to be drawn anew."""
-    new = torch.zeros(P, P, dtype=torch.bool)
+    """(P, P), True where the picture is kept. boxes: 'y0,x0,y1,x1' in fractions, to be drawn anew;
+    with outside, to be kept. Raises Problem where that leaves nothing to keep or to draw."""
+    new = torch.zeros(P, P, dtype=torch.bool)                  # or, with outside, not new
     for box in boxes:
-        try:
+        with attempt(f'--box {box}', 'four fractions, y0,x0,y1,x1, with 0 <= y0 < y1 <= 1, also x'):
             y0, x0, y1, x1 = (float(v) for v in box.split(','))
-        except ValueError:
-            raise Problem(f'--box {box}: four fractions, y0,x0,y1,x1') from None
-        if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-            raise Problem(f'--box {box}: 0 <= y0 < y1 <= 1, and the same for x')
+            if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+                raise ValueError
         new[round(y0 * P):round(y1 * P), round(x0 * P):round(x1 * P)] = True
     if new.all() or not new.any():
         raise Problem(f'--box: between one and {P * P - 1} of the {P} x {P} places must be new')
     return new if outside else ~new
 
 
-def save_growing(path, vae, tokens):
-    """The picture after each scale: a strip, a row a picture, or an animation if it ends in .gif."""
-    stages = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]      # K of (B, H, W, 3)
-    if path.suffix.lower() != '.gif':
-        return save_grid(path, list(np.stack(stages, axis=1)))
-    frames = [Image.fromarray(np.concatenate(stage, axis=1)) for stage in stages]
-    save_image(path, frames[0], save_all=True, append_images=frames[1:], loop=0,
-               duration=[300] * (len(frames) - 1) + [1500])
-
-
 def main():
+    """The command line: draws what it asks for, fifty pictures at a time, and writes the sheets."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -283,40 +258,43 @@ def main():
     args = parser.parse_args()
     if args.n < 1 or (args.top_k or 0) < 0 or not 0 <= (args.top_p or 0) <= 1:
         raise Problem('--n starts at 1, --top-k at 0, and --top-p is between 0 and 1')
+
     device = pick_device(args.device)
     vae, var, ckpt = load_models(args.ckpt, args.tokenizer)
     if var is None:
         raise Problem(f'{args.ckpt} has a tokenizer only: go on with train.py --resume')
-    vae, var, names = vae.to(device), var.to(device), ckpt['classes']
-    options = {**ckpt['sampling'], 'smooth': args.smooth}
-    options.update({k: v for k in ('cfg', 'top_k', 'top_p') if (v := getattr(args, k)) is not None})
-    if args.edit:
-        classes = classes_of(args.cls, names) or [var.num_classes]
-    else:
-        classes = classes_of(args.cls or ['all'], names)[:None if args.cls else 10]
-    labels = torch.tensor(classes, device=device).repeat_interleave(args.n)
-    drawn, size = [], vae.image_size
+    vae, var, size = vae.to(device), var.to(device), vae.image_size
+    asked = {'cfg': args.cfg, 'top_k': args.top_k, 'top_p': args.top_p}
+    options = ckpt['sampling'] | {k: v for k, v in asked.items() if v is not None}
+    # Where no class is asked for: "no class" for an edit, and the first ten for other pictures.
+    default = [var.num_classes] if args.edit else range(min(10, var.num_classes))
+    classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', [])) or default
+    labels = torch.tensor(classes, device=device).repeat_interleave(args.n)     # (N,)
+    pictures, growing = [], []
     with precision(device):
         if args.edit:
-            photo = center(fit(open_picture(args.edit, size), size), size)
-            keep = keep_mask(args.box, args.outside, vae.patch_nums[-1])
-            known = vae.encode(to_tensor(photo[None]).to(device))
+            photo = center(fit(open_picture(args.edit, size), size), size)      # (H, W, 3)
+            keep = keep_mask(args.box, args.outside, vae.patch_nums[-1])        # (P, P)
+            # One photograph stands for all B: token maps (1, l) broadcast to (B, l).
+            options |= {'given': vae.encode(to_tensor(photo[None]).to(device)), 'keep': keep}
         # Fifty at once, each fifty with a seed of its own: any number fits into the memory.
         for number, part in enumerate(labels.split(50)):
-            if args.edit:
-                options.update(given=[r_k.expand(len(part), -1) for r_k in known], keep=keep)
-            drawn.append(var.generate(vae, part, seed=args.seed + 1_000_003 * number,
-                                      return_tokens=True, **options))
-        pictures = np.concatenate([to_uint8(images) for images, _ in drawn])
-        if args.scales:
-            tokens = [torch.cat(maps) for maps in zip(*(tokens for _, tokens in drawn))]
-            save_growing(args.scales, vae, tokens)
-    rows = np.split(pictures, range(args.n if len(classes) > 1 else 8, len(pictures),
-                                    args.n if len(classes) > 1 else 8))
+            images, tokens = var.generate(vae, part, seed=args.seed + 1_000_003 * number,
+                                          smooth=args.smooth, return_tokens=True, **options)
+            pictures.append(to_uint8(images))                                   # (B, H, W, 3)
+            if args.scales:
+                stages = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]
+                growing.append(np.stack(stages, axis=1))                        # (B, K, H, W, 3)
+    wide = args.n if len(classes) > 1 else 8
+    rows = np.split(np.concatenate(pictures), range(wide, len(labels), wide))
     if args.edit:            # before the results: the photograph, and what of it is kept
-        shown = np.kron(keep.numpy(), np.ones((size // len(keep),) * 2))[..., None]
-        rows = [np.concatenate([photo[None], (photo * shown + 128 * (1 - shown))[None].astype(np.uint8),
-                                row]) for row in rows]
+        kept = np.kron(keep.numpy(), np.ones((size // len(keep),) * 2, dtype=bool))[..., None]
+        before = np.stack([photo, np.where(kept, photo, np.uint8(128))])        # (2, H, W, 3)
+        rows = [np.concatenate([before, row]) for row in rows]
+    if args.scales:          # a row a picture, or a frame a scale with the pictures in one row
+        sheet = np.concatenate(growing)                                         # (N, K, H, W, 3)
+        frames = sheet.swapaxes(0, 1)[:, None]                                  # (K, 1, N, H, W, 3)
+        save_grid(args.scales, *(frames if args.scales.suffix.lower() == '.gif' else [sheet]))
     save_grid(args.out, rows)
     print(f'wrote {args.out}' + (f' and {args.scales}' if args.scales else ''))
 

@@ -5,12 +5,12 @@
 Paper (arXiv 2404.02905): Section 3.2, Algorithms 1 and 2, equations (2) to (5).
 
 Where it follows the released weights rather than the text: one phi_k a scale in the text, four
-shared by the K scales in the weights; and phi is half its input and half a convolution of it.
+shared by the K scales in the weights; and phi is half its input, half a convolution of it.
 Where it goes its own way, as nobody published how the released tokenizer was trained: codes are
 moving averages of what they stand for, and one that dies is restarted (Quantizer.update).
 
-Letters: B batch, H W picture, C channels, z code dimension, V codes, K scales, k one of them from 0,
-p positions a side of one scale, P of the last, l = p * p tokens of one scale, L tokens of all.
+Letters: B batch, H W picture, C channels, z code dimension, V codes, K scales, k one of them from
+0, p positions a side of one scale, P of the last, l = p * p tokens of one scale, L of all.
 Names of parameters are those of the released files, so that weights go both ways as they are.
 """
 import math
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The mirror of the encoder, with one residual block a level more; up[0] is the finest level."""
+    """The mirror of the encoder, with a residual block a level more; up[0] is the finest level."""
 
     def __init__(self, ch, ch_mult, z, blocks):
         super().__init__()
@@ -153,11 +153,6 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # The multi-scale quantizer: equation (3), Algorithms 1 and 2
 
-def in_float32(x):
-    """No autocast: codes are compared and summed in float32, as in the released tokenizer."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def all_processes(x):
     """x (B, ...) of every process, one after another: the whole batch."""
     if not dist.is_initialized():
@@ -171,7 +166,8 @@ class Quantizer(nn.Module):
     """One codebook for all scales, the phi convolutions, and the step that everything shares.
 
     Algorithm 1 takes phi_k(z_k) off f, Algorithm 2 adds it to f_hat. Both are `add_scale` here: the
-    residual of Algorithm 1 is f - f_hat, f_hat being what Algorithm 2 has so far.
+    residual of Algorithm 1 is f - f_hat, f_hat being what Algorithm 2 has so far. Codes are
+    compared and summed without autocast, in float32, as in the released tokenizer.
     """
 
     def __init__(self, patch_nums, V, z, share):
@@ -206,14 +202,14 @@ class Quantizer(nn.Module):
         p, P = self.patch_nums[k], self.patch_nums[-1]
         phi = self.quant_resi['qresi_ls'][self.phi_of_scale[k]]
         h = z_k.float().transpose(1, 2).unflatten(2, (p, p))                    # (B, z, p, p)
-        with in_float32(h):
+        with torch.autocast(h.device.type, enabled=False):
             h = F.interpolate(h, (P, P), mode='bicubic') if p != P else h       # (B, z, P, P)
             return f_hat + 0.5 * h + 0.5 * phi(h)
 
     def nearest(self, x):
-        """(3): argmin_v |x - e_v|, x (B, l, z) -> (B, l). The same v maximises x.e_v - |e_v|^2 / 2."""
+        """(3): argmin_v |x - e_v| for x (B, l, z); the same v maximises x.e_v - |e_v|^2 / 2."""
         codes = self.embedding.weight
-        with in_float32(x):
+        with torch.autocast(x.device.type, enabled=False):
             score = torch.addmm(codes.square().sum(1) / -2, x.flatten(0, 1), codes.T)
         return score.argmax(1).view(x.shape[:2])
 
@@ -238,8 +234,8 @@ class Quantizer(nn.Module):
     def update(self, tokens, vectors, decay):
         """Moves every code to the moving average of the vectors that chose it; restarts dead ones.
 
-        tokens (B, L), vectors (B, L, z): of all scales. With N the moving count of a code e, n and s
-        the count and the sum of its vectors in this step: N' = d N + (1 - d) n and
+        tokens (B, L), vectors (B, L, z): of all scales. With N the moving count of a code e, n and
+        s the count and the sum of its vectors in this step: N' = d N + (1 - d) n and
         e' = (d N e + (1 - d) s) / N', so that e and N are all the memory that a mean needs.
         """
         tokens, vectors = all_processes(tokens), all_processes(vectors.float())
@@ -248,13 +244,13 @@ class Quantizer(nn.Module):
         sizes = torch.tensor(self.patch_nums, device=device) ** 2
         scale = torch.arange(K, device=device).repeat_interleave(sizes)                     # (L,)
         n = torch.bincount((scale * V + tokens).flatten(), minlength=K * V).view(K, V)
-        s = torch.zeros_like(codes).index_add_(0, tokens.flatten(), vectors.flatten(0, 1))  # (V, z)
+        s = torch.zeros_like(codes).index_add_(0, tokens.flatten(), vectors.flatten(0, 1))
         before = d * hits.sum(0)                                                            # (V,)
         hits.copy_(d * hits + (1 - d) * n)
         N = hits.sum(0)
         codes.copy_((before[:, None] * codes + (1 - d) * s) / N.clamp_min(1e-9)[:, None])
         # Dead is what is used 50 times less than the average. It becomes a random vector, of each
-        # scale as often as of any other: only 1 in L vectors is of the first, and it would collapse.
+        # scale as often as of any other: 1 in L vectors is of the first, and it would collapse.
         of = torch.arange(V, device=device) % K
         place = (torch.rand(V, device=device) * sizes[of]).long() + (sizes.cumsum(0) - sizes)[of]
         fresh = vectors[torch.randint(len(tokens), (V,), device=device), place]             # (V, z)
@@ -302,7 +298,7 @@ class VQVAE(nn.Module):
         return self.picture(f_hat).clamp(-1, 1)
 
     def decode_scales(self, tokens):
-        """The picture after each scale: K images (B, 3, H, W), the last of which is decode(tokens)."""
+        """The picture after each scale: K images (B, 3, H, W), the last of them decode(tokens)."""
         return [self.picture(f_hat).clamp(-1, 1) for f_hat in self.quantize.algorithm2(tokens)]
 
     def var_input(self, tokens):
@@ -313,14 +309,14 @@ class VQVAE(nn.Module):
         """
         sums = self.quantize.algorithm2(tokens[:-1])
         parts = [self.quantize.shrink(f_hat, k) for k, f_hat in enumerate(sums, 1)]
-        return torch.cat(parts or [self.quantize.embedding.weight.new_zeros(
-            len(tokens[0]), 0, self.quantize.embedding.embedding_dim)], dim=1)
+        nothing = self.quantize.embedding(tokens[0][:, :0])                     # where K is 1
+        return torch.cat([nothing, *parts], dim=1)
 
     def forward(self, images, noise=None, quantized=True):
         """For training: images rebuilt (B, 3, H, W), quantizer loss, usage (tokens, vectors), which
         is what Quantizer.update takes.
 
-        The loss is || f - f_hat || of (5), a mean over the sums f_hat_k after each scale; its second
+        The loss is || f - f_hat || of (5), a mean over the sums f_hat_k after each scale; its other
         half, the commitment, draws f to the codes. noise (B,): uniform draws for scale dropout, by
         which a picture in ten is rebuilt from its first scales only. Not quantized: f_hat is f.
         """
@@ -343,10 +339,12 @@ class VQVAE(nn.Module):
         """The model whose shapes a state dict shows, with its weights; KeyError or RuntimeError."""
         def count(begin, end):
             return sum(name.startswith(begin) and name.endswith(end) for name in sd)
-        ch, levels = len(sd['encoder.conv_in.weight']), count('encoder.down.', '.block.0.conv1.weight')
+        ch = len(sd['encoder.conv_in.weight'])
+        levels = count('encoder.down.', '.block.0.conv1.weight')
         ch_mult = [len(sd[f'encoder.down.{i}.block.0.conv1.weight']) // ch for i in range(levels)]
-        vae = cls(patch_nums, *sd['quantize.embedding.weight'].shape, ch, ch_mult,
-                  count('quantize.quant_resi.', '.weight'), count('encoder.down.0.', '.conv1.weight'))
+        share = count('quantize.quant_resi.', '.weight')
+        blocks = count('encoder.down.0.', '.conv1.weight')
+        vae = cls(patch_nums, *sd['quantize.embedding.weight'].shape, ch, ch_mult, share, blocks)
         vae.load_state_dict(sd)
         return vae
 

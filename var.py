@@ -3,9 +3,7 @@
     var = VAR(depth=16); images = var.generate(vae, labels)        # vae: tokenizer.VQVAE
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
-Section 6 for editing. From leaf to root: the mask, top-k and top-p, attention, the AdaLN block, VAR.
-
-Where the paper and the released weights differ, the released behaviour is here:
+Section 6 for editing. Where the released weights differ from it, they are followed:
 - Guidance is 2.0 in Table 3 and 1.5 in the release; it grows linearly over the scales, and is
   written (1 + t) c - t u, so that t = 1.5 is 2.5 in the other convention.
 - Queries and keys of "unit length" still have a learned scale a head.
@@ -36,7 +34,7 @@ def block_causal_mask(patch_nums):
         ...              (four such rows)
     """
     scale = scale_of_token(patch_nums)
-    return torch.zeros(len(scale), len(scale)).masked_fill(scale[:, None] < scale[None], -torch.inf)
+    return torch.where(scale[:, None] < scale[None], -torch.inf, 0.)
 
 
 def filter_logits(logits, top_k=0, top_p=0.0):
@@ -45,8 +43,7 @@ def filter_logits(logits, top_k=0, top_p=0.0):
     logits (..., V). The top-p set is the smallest whose probability reaches top_p, never empty.
     0 switches either off; top_k above V and top_p of 1 keep everything.
     """
-    V = logits.shape[-1]
-    if 0 < top_k < V:
+    if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if 0 < top_p < 1:
@@ -58,12 +55,12 @@ def filter_logits(logits, top_k=0, top_p=0.0):
 
 
 def drop_path(branch, noise, rate):
-    """Stochastic depth: leaves out a residual branch (B, L, w) for the images whose noise (B,) < rate."""
+    """Stochastic depth: no branch (B, L, w) for images whose noise (B,) is below the rate."""
     return branch * ((noise >= rate) / (1 - rate))[:, None, None].to(branch.dtype)
 
 
 class Attention(nn.Module):
-    """Self-attention with queries and keys of unit length (Section 4) and a learned scale a head."""
+    """Self-attention with queries and keys of unit length (Section 4), and a scale a head."""
 
     def __init__(self, w, heads, qk_norm):
         super().__init__()
@@ -79,22 +76,24 @@ class Attention(nn.Module):
         """x (B, l, w) of one scale with a cache, or (B, L, w) of all scales with the mask (L, L).
         cache: a list, [] at first, then [keys, values] of the scales so far, (B, h, ., 64) each."""
         B, l, w = x.shape
-        qkv = F.linear(x, self.mat_qkv.weight, torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]))
-        q, k, v = qkv.view(B, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, l, 64)
+        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, h, l, 64) each
         if self.qk_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(math.log(100)).exp()
             k = F.normalize(k, dim=-1)
-        else:                                         # the ablation, Table 3: as the official code
-            q = q * (0.25 / math.sqrt(q.shape[-1]))
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache is not None:
-            k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache or (k[:, :, :0],) * 2, (k, v)))
-            cache[:] = k, v
-        if torch.is_grad_enabled() and not x.is_cuda:
-            # Backward through torch's fused attention takes 6 times as long on a CPU in bfloat16.
-            x = (q @ k.transpose(2, 3) + mask.to(q.dtype)).softmax(-1) @ v            # (B, h, l, 64)
         else:
-            mask = None if mask is None else mask.to(q.dtype)
+            q = q / (4 * math.sqrt(q.shape[-1]))        # the ablation of Table 3, as it was run
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache:
+            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+        if cache is not None:
+            cache[:] = k, v
+        mask = None if mask is None else mask.to(q.dtype)
+        if torch.is_grad_enabled() and not x.is_cuda:
+            # Backward through the fused attention is 6 times slower on a CPU (d4, L 130, bfloat16).
+            x = (q @ k.transpose(2, 3) + mask).softmax(-1) @ v                  # (B, h, L, 64)
+        else:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1)
         return self.proj(x.transpose(1, 2).reshape(B, l, w))
 
@@ -134,21 +133,22 @@ def norm(x):
 
 
 class VAR(nn.Module):
-    """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6), for token maps r_k of patch_nums[k] a side.
+    """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6), of token maps r_k, patch_nums[k] a side.
 
-    depth d sets width 64 d and d heads (7). Class index num_classes stands for "no class".
+    depth d sets width 64 d and d heads (7). Class index num_classes stands for "no class". qk_norm
+    off is an ablation of Table 3; the released models have it on.
     """
 
     def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, num_classes=1000,
                  vocab_size=4096, z_channels=32, shared_aln=False, qk_norm=True):
         super().__init__()
-        self.patch_nums, self.num_classes, self.vocab_size = tuple(patch_nums), num_classes, vocab_size
-        w, K, first, L = 64 * depth, len(patch_nums), patch_nums[0] ** 2, sum(p * p for p in patch_nums)
+        self.patch_nums, self.num_classes, self.vocab_size = (*patch_nums,), num_classes, vocab_size
+        w, L = 64 * depth, sum(p * p for p in patch_nums)                               # (7)
         self.word_embed = nn.Linear(z_channels, w)
         self.class_emb = nn.Embedding(num_classes + 1, w)
-        self.pos_start = nn.Parameter(torch.empty(1, first, w))
+        self.pos_start = nn.Parameter(torch.empty(1, patch_nums[0] ** 2, w))
         self.pos_1LC = nn.Parameter(torch.empty(1, L, w))
-        self.lvl_embed = nn.Embedding(K, w)
+        self.lvl_embed = nn.Embedding(len(patch_nums), w)
         self.register_buffer('lvl_1L', scale_of_token(patch_nums)[None])
         self.register_buffer('attn_bias_for_masking', block_causal_mask(patch_nums)[None, None])
         drop = [0.1 * depth / 24 * i / max(depth - 1, 1) for i in range(depth)]         # (7)
@@ -160,7 +160,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, w, depth):
-        """Initial weights, by name; the gates gamma open slowly, the more so the deeper the model."""
+        """Initial weights, by name. The gates gamma open slowly: at first a block does nothing."""
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4}.get(depth, 1e-5)
         for name, p in self.named_parameters():
             if name.endswith('bias'):
@@ -178,17 +178,15 @@ class VAR(nn.Module):
             elif name.endswith('ada_gss'):
                 p.normal_(std=w ** -0.5).mul_(torch.tensor([gate] * 2 + [0.5] * 4)[:, None])
 
-    def start(self, condition):
-        """The input of the first scale, [s] of Fig. 4: the class. (B, w) -> (B, p_1^2, w)."""
-        return condition[:, None] + self.pos_start
-
     def positions(self):
         """Where a token is, and of which scale it is: (1, L, w), added to every input."""
         return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
     def modulations(self, condition):
-        """What AdaLN asks of the class (B, w): six vectors a block, two for the head, (B, 1, w) each."""
-        shared = self.shared_ada_lin and self.shared_ada_lin(condition).view(len(condition), 1, 6, -1)
+        """What AdaLN makes of the class (B, w): six vectors a block, two of the head, (B, 1, w)."""
+        shared = None
+        if self.shared_ada_lin:
+            shared = self.shared_ada_lin(condition).unflatten(1, (1, 6, -1))
         head = self.head_nm['ada_lin'](condition)[:, None].chunk(2, dim=-1)
         return [block.modulation(condition, shared) for block in self.blocks], head
 
@@ -200,22 +198,23 @@ class VAR(nn.Module):
     def forward(self, labels, var_input, noise=None):
         """Teacher forcing: the logits of all scales at once, under the block-causal mask (Fig. 4).
 
-        labels (B,) int64; var_input (B, L - p_1^2, z), VQVAE.var_input -> logits (B, L, V), float32.
+        labels (B,) int64; var_input (B, L - p_1^2, z) of VQVAE.var_input -> logits (B, L, V).
         noise: (B, 1 + 2 d) uniform draws, which decide on label dropout and stochastic depth, drawn
-        here if not given. Given, a batch has one outcome however many processes share it. Training
-        only: in evaluation it is not used.
+        here if not given. Given, a batch has one outcome however many processes share it. It
+        belongs to training; in evaluation it is not used.
         """
-        noise = torch.rand(len(labels), 1 + 2 * len(self.blocks), device=labels.device) \
-            if noise is None and self.training else noise if self.training else None
-        if noise is not None:
+        if self.training:
+            if noise is None:
+                noise = torch.rand(len(labels), 1 + 2 * len(self.blocks), device=labels.device)
             labels = labels.masked_fill(noise[:, 0] < 0.1, self.num_classes)
         condition = self.class_emb(labels)                                      # (B, w)
         blocks, head = self.modulations(condition)
-        x = torch.cat([self.start(condition), self.word_embed(var_input)], dim=1)
-        x = x + self.positions()                                                # (B, L, w)
+        start = condition[:, None] + self.pos_start              # [s] of Fig. 4: the class
+        x = torch.cat([start, self.word_embed(var_input)], dim=1) + self.positions()    # (B, L, w)
         mask = self.attn_bias_for_masking[0, 0]
         for i, (block, modulation) in enumerate(zip(self.blocks, blocks)):
-            x = block(x, modulation, mask, noise=None if noise is None else noise[:, 1 + 2 * i:][:, :2])
+            drop = noise[:, 1 + 2 * i:3 + 2 * i] if self.training else None
+            x = block(x, modulation, mask, noise=drop)
         return self.logits(x, head)                                             # (B, L, V)
 
     @torch.no_grad()
@@ -224,7 +223,7 @@ class VAR(nn.Module):
         """Draws pictures scale by scale: K forward passes, keys and values cached, no mask.
 
         labels: (B,) class indices; num_classes for "no class". cfg: the guidance of the last scale.
-        smooth: passes on a Gumbel-softmax mixture of codes instead of the drawn ones ("more smooth":
+        smooth: passes on a Gumbel-softmax mixture of codes instead of those drawn ("more smooth":
         prettier, but not for FID). given, keep: Section 6, zero-shot editing: token maps (B, l) a
         scale, and a mask (p_K, p_K) that is 1 where they are kept.
         Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps.
@@ -240,7 +239,7 @@ class VAR(nn.Module):
         blocks, head = self.modulations(condition)
         caches = [[] for _ in self.blocks]
         positions = self.positions().split([p * p for p in self.patch_nums], dim=1)
-        x, f_hat, tokens = self.start(condition), 0, []
+        x, f_hat, tokens = condition[:, None] + self.pos_start, 0, []
         for k, p in enumerate(self.patch_nums):
             ratio = k / max(K - 1, 1)
             x = x + positions[k]                                                # (2B, l, w)
