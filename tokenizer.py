@@ -75,35 +75,31 @@ class AttnBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halves ('downsample') or doubles ('upsample') each side."""
+    """Halves each side or, with up, doubles it."""
 
-    def __init__(self, c, way):
+    def __init__(self, c, up=False):
         super().__init__()
-        self.up = way == 'upsample'
-        self.conv = conv3(c, c) if self.up else conv3(c, c, stride=2, padding=0)
+        self.up, self.conv = up, conv3(c, c) if up else conv3(c, c, stride=2, padding=0)
 
     def forward(self, x):
         # Going down, the zeros are at the right and at the bottom only.
-        x = F.interpolate(x, scale_factor=2) if self.up else F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)
+        return self.conv(F.interpolate(x, scale_factor=2) if self.up else F.pad(x, (0, 1, 0, 1)))
 
 
 class Level(nn.Module):
     """One resolution: residual blocks, at the lowest one each with attention, then the way on."""
 
-    def __init__(self, c_in, c_out, blocks, attend, way=None):
+    def __init__(self, c_in, c, blocks, attend, down=False, up=False):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attend else 0))
-        self.way = way
-        if way:
-            self.add_module(way, Resample(c_out, way))
+        self.block = nn.ModuleList(ResBlock(c if i else c_in, c) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c) if attend else nn.Identity() for _ in range(blocks))
+        self.downsample = Resample(c) if down else nn.Identity()
+        self.upsample = Resample(c, up=True) if up else nn.Identity()
 
     def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = block(x)
-            x = self.attn[i](x) if len(self.attn) else x
-        return getattr(self, self.way)(x) if self.way else x
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
+        return self.upsample(self.downsample(x))
 
 
 def middle(c):
@@ -118,17 +114,15 @@ class Encoder(nn.Module):
         super().__init__()
         widths, last = [ch] + [ch * m for m in ch_mult], len(ch_mult) - 1
         self.conv_in = conv3(3, ch)
-        self.down = nn.ModuleList(
-            Level(widths[i], widths[i + 1], blocks, i == last, 'downsample' if i < last else None)
-            for i in range(last + 1))
+        self.down = nn.Sequential(*(
+            Level(widths[i], widths[i + 1], blocks, attend=i == last, down=i < last)
+            for i in range(last + 1)))
         self.mid = middle(widths[-1])
         self.norm_out, self.conv_out = Norm(widths[-1]), conv3(widths[-1], z)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -139,8 +133,8 @@ class Decoder(nn.Module):
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
         self.conv_in, self.mid = conv3(z, widths[-1]), middle(widths[-1])
         self.up = nn.ModuleList(
-            Level(widths[min(i + 1, last)], widths[i], blocks + 1, i == last,
-                  'upsample' if i else None) for i in range(last + 1))
+            Level(widths[min(i + 1, last)], widths[i], blocks + 1, attend=i == last, up=i > 0)
+            for i in range(last + 1))
         self.norm_out, self.conv_out = Norm(widths[0]), conv3(widths[0], 3)
 
     def forward(self, x):
@@ -345,6 +339,9 @@ class VQVAE(nn.Module):
         share = count('quantize.quant_resi.', '.weight')
         blocks = count('encoder.down.0.', '.conv1.weight')
         vae = cls(patch_nums, *sd['quantize.embedding.weight'].shape, ch, ch_mult, share, blocks)
+        hits = sd['quantize.ema_vocab_hit_SV']
+        if len(hits) != len(patch_nums):            # counted at other scales: of no use at these
+            sd = {**sd, 'quantize.ema_vocab_hit_SV': vae.quantize.ema_vocab_hit_SV}
         vae.load_state_dict(sd)
         return vae
 

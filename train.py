@@ -587,6 +587,9 @@ def main():
     else:
         source = fetch('vae_ch160v4096z32.pth') if args.tokenizer == 'official' else args.tokenizer
         vae = VQVAE.from_state_dict(load_models(source)[0].state_dict(), args.sides)
+        if vae.image_size != args.size:
+            raise Problem(f'{source} makes {vae.image_size} px of scales {args.patch_nums}, '
+                          f'not --size {args.size}')
     var = VAR(args.sides, args.depth, len(classes), *vae.quantize.embedding.weight.shape)
     if not state:
         small = dict(cfg=3., top_k=100, top_p=1.)     # small models want a tighter draw
