@@ -38,7 +38,7 @@ def main():
     seconds = median_seconds(lambda: a @ b, device, 5)
     print(f'bfloat16 matrix product: {2 * 4096 ** 3 / seconds / 1e9:.0f} GFLOP/s')
 
-    vae, batch = VQVAE().to(device).eval(), 4
+    vae, batch = VQVAE().to(device).eval().requires_grad_(False), 4
     var = VAR(depth=6).to(device).train()
     tokens = [torch.randint(4096, (batch, p * p), device=device) for p in var.patch_nums]
     labels, x = torch.randint(1000, (batch,), device=device), vae.var_input(tokens)
@@ -49,7 +49,7 @@ def main():
         F.cross_entropy(logits.flatten(0, 1), torch.cat(tokens, dim=1).flatten()).backward()
         var.zero_grad()
 
-    seconds = median_seconds(train, device, 7)
+    seconds = median_seconds(train, device, 3)
     print(f'training d6, 256 px, batch {batch}: {seconds / batch:.3f} s an image, forward and backward')
 
     var = VAR(depth=16).to(device).eval()
@@ -58,7 +58,7 @@ def main():
         with precision(device):
             var.generate(vae, [284], cfg=1.5, top_k=900, top_p=0.96, seed=0)
 
-    print(f'sampling d16, 256 px, batch 1: {median_seconds(sample, device, 5):.2f} s, decoder included')
+    print(f'sampling d16, 256 px, batch 1: {median_seconds(sample, device, 3):.2f} s, decoder included')
 
 
 if __name__ == '__main__':
