@@ -11,17 +11,22 @@ Also here, because train.py needs them too: errors, devices, checkpoints, pictur
 Letters: B pictures at once, N in all, H x W their pixels, K scales, P places a side of the last.
 """
 import argparse
+import inspect
 import os
+import shutil
 import sys
 import tempfile
+import time
 import warnings
+import zlib
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from tokenizer import VQVAE
 from var import VAR
@@ -31,10 +36,8 @@ VERSION = 1                     # of the layout of ckpt.pt
 RELEASED = {'patch_nums': (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
             'sampling': {'cfg': 1.5, 'top_k': 900, 'top_p': 0.96}}
 
-
 class Problem(Exception):
     """What is wrong and what to do, in one line for the user; the process ends with status 2."""
-
 
 @contextmanager
 def attempt(what, otherwise):
@@ -49,7 +52,6 @@ def attempt(what, otherwise):
             yield                                              # the body of the with statement
     except Exception as e:
         raise Problem(f'{what}: {getattr(e, "strerror", None) or otherwise}') from None
-
 
 def run(main):
     """Runs main; what a user can mend ends in one line and status 2, an interruption in 130.
@@ -69,7 +71,6 @@ def run(main):
     print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
 
-
 def pick_device(name=None):
     """The device asked for, or the best there is; Problem where it cannot be used.
 
@@ -85,11 +86,9 @@ def pick_device(name=None):
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device
 
-
 def rank_and_world():
     """The number of this process and how many there are: (0, 1) if it is alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 def precision(device):
     """bfloat16 autocast where the processor computes in it natively: four times as fast as float32
@@ -97,7 +96,6 @@ def precision(device):
     native = (torch.cuda.is_bf16_supported() if device.type == 'cuda' else device.type == 'cpu'
               and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)())
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
-
 
 def write_whole(path, write):
     """Calls write(temporary file), flushes it to disk, renames it: path is old or new, never half.
@@ -111,7 +109,6 @@ def write_whole(path, write):
                 f.flush()
                 os.fsync(f.fileno())                           # or a crash could rename a hole
             os.replace(f.name, path)                           # at once, for every reader
-
 
 def read_weights(path):
     """A dict from a file of torch.save, whatever it claims to be: no code in it is run.
@@ -127,7 +124,6 @@ def read_weights(path):
         if trainer := ckpt.get('trainer'):                     # both, from the official trainer
             return {'vae': trainer['vae_local'], 'var': trainer['var_wo_ddp']}
         return ckpt
-
 
 def load_models(path, tokenizer=None):
     """(vae, var or None, checkpoint) from a ckpt.pt of train.py, or from released files.
@@ -150,7 +146,6 @@ def load_models(path, tokenizer=None):
         raise Problem(f'the tokenizer and the transformer of {path} were not trained together')
     return vae, var, ckpt
 
-
 def open_picture(path, size):
     """A picture file as RGB, upright, its shorter side at least `size` pixels: a PIL image.
 
@@ -168,28 +163,22 @@ def open_picture(path, size):
             image = Image.alpha_composite(white, image.convert('RGBA'))
         return image.convert('RGB')
 
-
-def fit(image, size, short=None):
-    """Scales a PIL image by Lanczos until its shorter side is `short` (default: size)."""
+def crop(image, size, short=None, rng=None):
+    """uint8 (size, size, 3) of a PIL image whose shorter side Lanczos makes `short`, or size, long:
+    its middle or, with a generator of numpy's, any part of it."""
     scale = (short or size) / min(image.size)
-    return image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
-
-
-def center(image, size):
-    """The middle square of a PIL image, uint8 (size, size, 3)."""
-    x, y = (image.width - size) // 2, (image.height - size) // 2
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.LANCZOS)
+    room = np.array(image.size) - size
+    x, y = rng.integers(room + 1) if rng else room // 2
     return np.array(image.crop((x, y, x + size, y + size)))    # a copy, as torch wants to write
-
 
 def to_tensor(pictures):
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-
 def to_uint8(images):
     """(B, 3, H, W) in [0, 1] -> uint8 (B, H, W, 3), floor(255 x + 0.5) as the evaluators expect."""
     return (images.float() * 255 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
 
 def save_grid(path, *grids):
     """Writes rows of uint8 pictures (n, H, W, 3), two white pixels apart, as the name of path says.
@@ -208,7 +197,6 @@ def save_grid(path, *grids):
                'duration': [300] * len(frames[1:]) + [1500]}   # the last frame stays to be seen
     write_whole(path, lambda f: frames[0].save(f, kind, **options if frames[1:] else {}))
 
-
 def classes_of(words, n, names):
     """Indices of the classes that the user wrote as an index below n, as a name, or as 'all'."""
     meaning = {str(i): [i] for i in range(n)}
@@ -219,85 +207,171 @@ def classes_of(words, n, names):
                       + ', '.join(names[:12]))
     return [i for word in words for i in meaning[word]]
 
+def new_places(args, P, size):
+    """What is to be drawn anew: places (P, P) and pixels (size, size), both bool.
 
-def keep_mask(boxes, outside, P):
-    """(P, P), True where the picture is kept. boxes: 'y0,x0,y1,x1' in fractions, to be drawn anew;
-    with outside, to be kept. Raises Problem where that leaves nothing to keep or to draw."""
-    new = torch.zeros(P, P, dtype=torch.bool)                  # or, with outside, not new
-    for box in boxes:
-        with attempt(f'--box {box}', 'four fractions, y0,x0,y1,x1, with 0 <= y0 < y1 <= 1, also x'):
-            y0, x0, y1, x1 = (float(v) for v in box.split(','))
-            if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-                raise ValueError
-        new[round(y0 * P):round(y1 * P), round(x0 * P):round(x1 * P)] = True
+    By --box, y0,x0,y1,x1 in fractions, or by --mask, a picture whose white is new; with --outside
+    all else is. Raises Problem where that leaves nothing to keep or nothing to draw.
+    """
+    if args.mask:            # one white pixel makes a place new: nothing of what it covers is left
+        pixels = crop(open_picture(args.mask, size), size)[..., 0] > 127
+        new = pixels.reshape(P, size // P, P, size // P).any((1, 3))
+    else:
+        new = np.zeros((P, P), dtype=bool)
+        for box in args.box:
+            with attempt(f'--box {box}', 'y0,x0,y1,x1, fractions with 0 <= y0 < y1 <= 1, also x'):
+                y0, x0, y1, x1 = (float(v) for v in box.split(','))
+                if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+                    raise ValueError
+            new[round(y0 * P):round(y1 * P), round(x0 * P):round(x1 * P)] = True
+        pixels = new.repeat(size // P, 0).repeat(size // P, 1)
     if new.all() or not new.any():
-        raise Problem(f'--box: between one and {P * P - 1} of the {P} x {P} places must be new')
-    return new if outside else ~new
+        raise Problem(f'--box or --mask: 1 to {P * P - 1} of the {P} x {P} places must be new')
+    return (~new, ~pixels) if args.outside else (new, pixels)
 
+def likelihood_ratio(vae, var, tokens, labels):
+    """log p(tokens | class) - log p(tokens | no class), (B,): how well the class explains them."""
+    x, drawn = vae.var_input(tokens), torch.cat(tokens, dim=1)[..., None]       # (B, L, 1)
+    told, untold = (var(y, x).log_softmax(-1).gather(-1, drawn).sum((1, 2))
+                    for y in (labels, torch.full_like(labels, var.num_classes)))
+    return told - untold
+
+def draw(vae, var, labels, seed, rounds=1, classifier=None, **options):
+    """VAR.generate with rejection: of `rounds` pictures for each label (B,) the best is kept.
+
+    The judge is a classifier, images (B, 3, H, W) in [0, 1] -> logits (B, classes), or, with none,
+    the likelihood ratio of class to no class. Returns images, K token maps. Table 1, VAR-d30-re.
+    """
+    kept, best = None, torch.full((len(labels),), -torch.inf, device=labels.device)
+    for r in range(rounds):
+        images, tokens = var.generate(vae, labels, seed=seed + r, return_tokens=True, **options)
+        if rounds == 1:
+            return images, tokens
+        score = likelihood_ratio(vae, var, tokens, labels) if classifier is None else (
+            classifier(images).log_softmax(-1).gather(1, labels[:, None])[:, 0])        # (B,)
+        better, best = score > best, torch.maximum(score, best)
+        kept = [torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
+                for new, old in zip((images, *tokens), kept or (images, *tokens))]
+    return kept[0], kept[1:]
+
+def parse(options, doc):
+    """What the command line gives of a dataclass of options, as a dict; defaults are not in it.
+
+    --help shows doc and the source of the class: there the comments say what an option does.
+    """
+    parser = argparse.ArgumentParser(
+        usage='%(prog)s [--option value ...]', description=doc, epilog=inspect.getsource(options),
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for option in fields(options):
+        how = {bool: dict(action='store_true'), list: dict(action='extend', nargs='+')}
+        if option.type is not dict:
+            parser.add_argument('--' + option.name.replace('_', '-'), help=argparse.SUPPRESS,
+                                **how.get(option.type, dict(type=option.type)))
+    return vars(parser.parse_args())
+
+@dataclass
+class Options:
+    """The options of the command line, as --name value."""
+    ckpt: Path = Path('ckpt.pt')        # of train.py, or a released transformer
+    tokenizer: Path = None              # a released tokenizer, for a released transformer
+    cls: list = ()                      # class indices, names, or all
+    n: int = 8                          # pictures a class
+    cfg: float = None                   # guidance of the last scale; else as the checkpoint says
+    top_k: int = None                   # draw from the k likeliest codes; 0: all
+    top_p: float = None                 # draw from the likeliest codes that make up p; 0: all
+    seed: int = 0                       # the same seed, the same pictures
+    smooth: bool = False                # prettier pictures, but not for FID
+    reject: int = 1                     # draw so many for each picture, and keep the best
+    classifier: Path = None             # its judge, TorchScript or torch.export; else the model
+    out: Path = Path('samples.png')     # the sheet, one row a class
+    png: Path = None                    # folder for one file a picture, instead of the sheet
+    npz: Path = None                    # file for the field's evaluators, shuffled, instead
+    scales: Path = None                 # also the pictures growing scale by scale: a .png or .gif
+    edit: Path = None                   # a photograph to in-paint, or with --cls to edit
+    box: list = ()                      # y0,x0,y1,x1 in fractions: to be drawn anew; several
+    mask: Path = None                   # or a picture, white where the photograph is drawn anew
+    outside: bool = False               # draw all else anew instead: out-painting
+    paste: bool = False                 # put the photograph's own pixels back where it is kept
+    device: str = None                  # cuda, mps or cpu; the best there is if not given
 
 def main():
-    """The command line: draws what it asks for, fifty pictures at a time, and writes the sheets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('--ckpt', default='ckpt.pt', help='ckpt.pt of train.py, or a released transformer')
-    add('--tokenizer', help='a released tokenizer, for a released transformer')
-    add('--cls', nargs='+', default=[], help='class indices, names, or all')
-    add('--n', type=int, default=8, help='pictures a class')
-    add('--cfg', type=float, help='guidance of the last scale; default: as the checkpoint says')
-    add('--top-k', type=int, help='draw from the k likeliest codes; 0: all')
-    add('--top-p', type=float, help='draw from the likeliest codes that make up p; 0: all')
-    add('--seed', type=int, default=0)
-    add('--smooth', action='store_true', help='prettier pictures, but not for FID')
-    add('--out', type=Path, default=Path('samples.png'))
-    add('--scales', type=Path, help='also the pictures growing scale by scale: a .png or .gif')
-    add('--edit', metavar='PHOTO', help='a photograph to in-paint, or with --cls to edit')
-    add('--box', action='append', default=[], help='y0,x0,y1,x1 in fractions: drawn anew; several')
-    add('--outside', action='store_true', help='draw what is outside the boxes: out-painting')
-    add('--device', help='cuda, mps or cpu; the best there is by default')
-    args = parser.parse_args()
-    if args.n < 1 or (args.top_k or 0) < 0 or not 0 <= (args.top_p or 0) <= 1:
-        raise Problem('--n starts at 1, --top-k at 0, and --top-p is between 0 and 1')
+    """The command line: draws what it asks for, fifty pictures at a time, and writes it.
 
-    device = pick_device(args.device)
+    Each fifty have a seed and a file of their own, so that any number fits into the memory, several
+    processes share the work, and the same command goes on where it was interrupted.
+    """
+    args = Options(**parse(Options, __doc__))
+    if min(args.n, args.reject, 1 + (args.top_k or 0)) < 1 or not 0 <= (args.top_p or 0) <= 1:
+        raise Problem('--n and --reject start at 1, --top-k at 0; --top-p is between 0 and 1')
+    device, (rank, world) = pick_device(args.device), rank_and_world()
     vae, var, ckpt = load_models(args.ckpt, args.tokenizer)
     if var is None:
         raise Problem(f'{args.ckpt} has a tokenizer only: go on with train.py --resume')
     vae, var, size = vae.to(device), var.to(device), vae.image_size
     asked = {'cfg': args.cfg, 'top_k': args.top_k, 'top_p': args.top_p}
     options = ckpt['sampling'] | {k: v for k, v in asked.items() if v is not None}
+    options |= {'smooth': args.smooth, 'rounds': args.reject}
+    if args.classifier:
+        with attempt(f'--classifier {args.classifier}', 'no file of TorchScript or torch.export'):
+            options['classifier'] = torch.jit.load(args.classifier, device) if (
+                args.classifier.suffix != '.pt2') else torch.export.load(args.classifier).module()
     # Where no class is asked for: "no class" for an edit, and the first ten for other pictures.
     default = [var.num_classes] if args.edit else range(min(10, var.num_classes))
     classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', [])) or default
-    labels = torch.tensor(classes, device=device).repeat_interleave(args.n)     # (N,)
-    pictures, growing = [], []
-    with precision(device):
-        if args.edit:
-            photo = center(fit(open_picture(args.edit, size), size), size)      # (H, W, 3)
-            keep = keep_mask(args.box, args.outside, vae.patch_nums[-1])        # (P, P)
-            # One photograph stands for all B: token maps (1, l) broadcast to (B, l).
-            options |= {'given': vae.encode(to_tensor(photo[None]).to(device)), 'keep': keep}
-        # Fifty at once, each fifty with a seed of its own: any number fits into the memory.
-        for number, part in enumerate(labels.split(50)):
-            images, tokens = var.generate(vae, part, seed=args.seed + 1_000_003 * number,
-                                          smooth=args.smooth, return_tokens=True, **options)
-            pictures.append(to_uint8(images))                                   # (B, H, W, 3)
-            if args.scales:
-                stages = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]
-                growing.append(np.stack(stages, axis=1))                        # (B, K, H, W, 3)
-    wide = args.n if len(classes) > 1 else 8
-    rows = np.split(np.concatenate(pictures), range(wide, len(labels), wide))
-    if args.edit:            # before the results: the photograph, and what of it is kept
-        kept = np.kron(keep.numpy(), np.ones((size // len(keep),) * 2, dtype=bool))[..., None]
-        before = np.stack([photo, np.where(kept, photo, np.uint8(128))])        # (2, H, W, 3)
-        rows = [np.concatenate([before, row]) for row in rows]
-    if args.scales:          # a row a picture, or a frame a scale with the pictures in one row
-        sheet = np.concatenate(growing)                                         # (N, K, H, W, 3)
-        frames = sheet.swapaxes(0, 1)[:, None]                                  # (K, 1, N, H, W, 3)
-        save_grid(args.scales, *(frames if args.scales.suffix.lower() == '.gif' else [sheet]))
-    save_grid(args.out, rows)
-    print(f'wrote {args.out}' + (f' and {args.scales}' if args.scales else ''))
+    labels = torch.tensor(classes).repeat_interleave(args.n)                    # (N,)
+    if args.edit:
+        photo = crop(open_picture(args.edit, size), size)                       # (H, W, 3)
+        new, pixels = new_places(args, vae.patch_nums[-1], size)                # (P, P), (H, W)
 
+    key = zlib.crc32(repr((args, os.path.getmtime(args.ckpt))).encode())
+    parts, batches = Path(f'{args.npz or args.out}.{key:08x}'), labels.split(50)
+    began, mine = time.time(), list(enumerate(batches))[rank::world]
+    with precision(device):
+        if args.edit:      # one photograph stands for all B: token maps (1, l) broadcast to (B, l)
+            given = vae.encode(to_tensor(photo[None]).to(device))
+            options |= {'given': given, 'keep': torch.from_numpy(~new)}
+        for done, (number, label) in enumerate(mine, 1):
+            if not (parts / f'{number}.npz').exists():
+                seed = args.seed + 1_000_003 * number
+                images, tokens = draw(vae, var, label.to(device), seed, **options)
+                arrays = {'drawn': to_uint8(images)}                            # (B, H, W, 3)
+                if args.scales:
+                    growing = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]
+                    arrays['growing'] = np.stack(growing, axis=1)               # (B, K, H, W, 3)
+                write_whole(parts / f'{number}.npz', lambda f: np.savez(f, **arrays))
+            left = (time.time() - began) / done * (len(mine) - done)
+            print(f'\r{done} of {len(mine)} batches, {left:.0f} s left ', end='', flush=True)
+    if world > 1:
+        dist.barrier()
+    if rank:
+        return
+    files = [np.load(parts / f'{number}.npz') for number in range(len(batches))]
+    sets = {name: np.concatenate([f[name] for f in files]) for name in files[0].files}
+    drawn, wide = sets['drawn'], args.n if len(classes) > 1 else 8              # (N, H, W, 3)
+    if args.paste:                                   # with an edge as soft as 1/64 of the picture
+        edge = Image.fromarray(np.uint8(255 * pixels)).filter(ImageFilter.GaussianBlur(size / 64))
+        share = np.asarray(edge)[..., None] / 255                               # (H, W, 1)
+        drawn = np.uint8(share * drawn + (1 - share) * photo + 0.5)
+    if args.scales:        # a row a picture, or a frame a scale with the pictures in one row
+        frames = sets['growing'].swapaxes(0, 1)[:, None]                        # (K, 1, N, H, W, 3)
+        gif = args.scales.suffix.lower() == '.gif'
+        save_grid(args.scales, *(frames if gif else [sets['growing']]))
+    if args.npz:           # shuffled, as the field's evaluator takes inception scores of blocks
+        order = np.random.default_rng(args.seed).permutation(len(labels))
+        arrays = {'arr_0': drawn[order], 'arr_1': labels.numpy()[order]}
+        write_whole(args.npz, lambda f: np.savez(f, **arrays))
+    for i, picture in enumerate(drawn if args.png else ()):
+        save_grid(args.png / f'{i:06d}.png', [picture[None]])
+    rows = np.split(drawn, range(wide, len(labels), wide))
+    if args.edit:          # before the results: the photograph, and what of it is kept
+        before = np.stack([photo, np.where(pixels[..., None], np.uint8(128), photo)])
+        rows = [np.concatenate([before, row]) for row in rows]
+    if not args.npz and not args.png:
+        save_grid(args.out, rows)
+    shutil.rmtree(parts)
+    print(f'\rdrew {len(labels) * args.reject} pictures, wrote',
+          *(path for path in (args.npz, args.png, args.scales) if path),
+          *[args.out] * (not args.npz and not args.png))
 
 if __name__ == '__main__':
     run(main)

@@ -22,13 +22,14 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+# ---- Encoder and decoder (VQGAN's, Section 4): f = E(im) of (2), im_hat = D(f_hat) of (4) ----
 
-# ------------------------------------------------------------------------------------------------
-# Encoder and decoder (VQGAN's, Section 4): f = E(im) of (2), im_hat = D(f_hat) of (4)
+def conv3(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
 
-def conv3(c_in, c_out, stride=1, padding=1):
-    return nn.Conv2d(c_in, c_out, 3, stride, padding)
-
+def chain(**modules):
+    """Modules that run one after another, each under its name in the released files."""
+    return nn.Sequential(OrderedDict(modules))
 
 class Norm(nn.GroupNorm):
     """Group normalisation, 32 groups where C allows it.
@@ -36,17 +37,14 @@ class Norm(nn.GroupNorm):
     Computed with the channels first, between convolutions that have them last: of the four ways
     the fastest on a CPU in bfloat16 (66 images/s against 50 to 61, whole training steps).
     """
-
     def __init__(self, channels):
         super().__init__(math.gcd(32, channels), channels, eps=1e-6)
 
     def forward(self, x):
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
-
 class ResBlock(nn.Module):
     """Two convolutions around a shortcut, which is a 1x1 convolution where the width changes."""
-
     def __init__(self, c_in, c_out):
         super().__init__()
         self.norm1, self.conv1 = Norm(c_in), conv3(c_in, c_out)
@@ -54,14 +52,12 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)))                                   # (B, c_out, H, W)
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
 
 class AttnBlock(nn.Module):
     """Self-attention with one head. It makes all positions depend on each other, both ways: this is
     why a raster order of tokens breaks (1), Fig. 9."""
-
     def __init__(self, c):
         super().__init__()
         self.norm, self.qkv, self.proj_out = Norm(c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
@@ -73,79 +69,42 @@ class AttnBlock(nn.Module):
         x_hat = (q @ k.transpose(1, 2) * C ** -0.5).softmax(-1) @ v             # (B, H*W, C)
         return x + self.proj_out(x_hat.transpose(1, 2).reshape(B, C, H, W))
 
-
-class Resample(nn.Module):
-    """Halves each side or, with up, doubles it."""
-
-    def __init__(self, c, up=False):
-        super().__init__()
-        self.up, self.conv = up, conv3(c, c) if up else conv3(c, c, stride=2, padding=0)
-
-    def forward(self, x):
-        # Going down, the zeros are at the right and at the bottom only.
-        return self.conv(F.interpolate(x, scale_factor=2) if self.up else F.pad(x, (0, 1, 0, 1)))
-
-
 class Level(nn.Module):
     """One resolution: residual blocks, at the lowest one each with attention, then the way on."""
-
     def __init__(self, c_in, c, blocks, attend, down=False, up=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c if i else c_in, c) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c) if attend else nn.Identity() for _ in range(blocks))
-        self.downsample = Resample(c) if down else nn.Identity()
-        self.upsample = Resample(c, up=True) if up else nn.Identity()
+        self.downsample = self.upsample = chain()       # nothing, at the end of the way
+        if down:                                        # zeros at the right and the bottom only
+            self.downsample = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, 2))
+        if up:
+            self.upsample = chain(enlarge=nn.Upsample(scale_factor=2), conv=conv3(c, c))
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
         return self.upsample(self.downsample(x))
 
-
 def middle(c):
-    return nn.Sequential(OrderedDict(
-        block_1=ResBlock(c, c), attn_1=AttnBlock(c), block_2=ResBlock(c, c)))
+    return chain(block_1=ResBlock(c, c), attn_1=AttnBlock(c), block_2=ResBlock(c, c))
 
-
-class Encoder(nn.Module):
+def make_encoder(ch, ch_mult, z, blocks):
     """(B, 3, H, W) -> (B, z, P, P), P = H / 2 ** (len(ch_mult) - 1)."""
+    w, last = [ch] + [ch * m for m in ch_mult], len(ch_mult) - 1
+    levels = [Level(w[i], w[i + 1], blocks, i == last, down=i < last) for i in range(last + 1)]
+    return chain(conv_in=conv3(3, ch), down=nn.Sequential(*levels), mid=middle(w[-1]),
+                 norm_out=Norm(w[-1]), silu=nn.SiLU(), conv_out=conv3(w[-1], z))
 
-    def __init__(self, ch, ch_mult, z, blocks):
-        super().__init__()
-        widths, last = [ch] + [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.conv_in = conv3(3, ch)
-        self.down = nn.Sequential(*(
-            Level(widths[i], widths[i + 1], blocks, attend=i == last, down=i < last)
-            for i in range(last + 1)))
-        self.mid = middle(widths[-1])
-        self.norm_out, self.conv_out = Norm(widths[-1]), conv3(widths[-1], z)
+def make_decoder(ch, ch_mult, z, blocks):
+    """The mirror, with a residual block a level more; level 0 is the finest, and runs last."""
+    w, last = [ch * m for m in ch_mult], len(ch_mult) - 1
+    levels = {str(i): Level(w[min(i + 1, last)], w[i], blocks + 1, i == last, up=i > 0)
+              for i in range(last, -1, -1)}
+    return chain(conv_in=conv3(z, w[-1]), mid=middle(w[-1]), up=chain(**levels),
+                 norm_out=Norm(w[0]), silu=nn.SiLU(), conv_out=conv3(w[0], 3))
 
-    def forward(self, x):
-        x = self.mid(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """The mirror of the encoder, with a residual block a level more; up[0] is the finest level."""
-
-    def __init__(self, ch, ch_mult, z, blocks):
-        super().__init__()
-        widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.conv_in, self.mid = conv3(z, widths[-1]), middle(widths[-1])
-        self.up = nn.ModuleList(
-            Level(widths[min(i + 1, last)], widths[i], blocks + 1, attend=i == last, up=i > 0)
-            for i in range(last + 1))
-        self.norm_out, self.conv_out = Norm(widths[0]), conv3(widths[0], 3)
-
-    def forward(self, x):
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-# ------------------------------------------------------------------------------------------------
-# The multi-scale quantizer: equation (3), Algorithms 1 and 2
+# ---- The multi-scale quantizer: equation (3), Algorithms 1 and 2 ----
 
 def all_processes(x):
     """x (B, ...) of every process, one after another: the whole batch."""
@@ -155,7 +114,6 @@ def all_processes(x):
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
-
 class Quantizer(nn.Module):
     """One codebook for all scales, the phi convolutions, and the step that everything shares.
 
@@ -163,7 +121,6 @@ class Quantizer(nn.Module):
     residual of Algorithm 1 is f - f_hat, f_hat being what Algorithm 2 has so far. Codes are
     compared and summed without autocast, in float32, as in the released tokenizer.
     """
-
     def __init__(self, patch_nums, V, z, share):
         super().__init__()
         self.patch_nums, K = tuple(patch_nums), len(patch_nums)
@@ -251,24 +208,19 @@ class Quantizer(nn.Module):
         dead = N < 0.02 * tokens.numel() / V
         codes[dead], hits[:, dead] = fresh[dead], 0.1 * tokens.numel() / V / K
 
-
-# ------------------------------------------------------------------------------------------------
-# The model
-
 class VQVAE(nn.Module):
     """The tokenizer. patch_nums: the sides of the scales, in latent positions; the rest: its sizes.
 
     Images (B, 3, H, W) in [-1, 1], H = W = image_size; tokens: a list of K int64 maps (B, l).
     The defaults are the released network (109 M); res_blocks is always 2 in released ones.
     """
-
     def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096, z_channels=32,
                  ch=160, ch_mult=(1, 1, 2, 2, 4), share_quant_resi=4, res_blocks=2):
         super().__init__()
         self.patch_nums, z = tuple(patch_nums), z_channels
         self.image_size = patch_nums[-1] * 2 ** (len(ch_mult) - 1)
-        self.encoder = Encoder(ch, ch_mult, z, res_blocks)
-        self.decoder = Decoder(ch, ch_mult, z, res_blocks)
+        self.encoder = make_encoder(ch, ch_mult, z, res_blocks)
+        self.decoder = make_decoder(ch, ch_mult, z, res_blocks)
         self.quantize = Quantizer(patch_nums, vocab_size, z, share_quant_resi)
         self.quant_conv, self.post_quant_conv = conv3(z, z), conv3(z, z)
         self.to(memory_format=torch.channels_last)
@@ -331,27 +283,20 @@ class VQVAE(nn.Module):
     @classmethod
     def from_state_dict(cls, sd, patch_nums):
         """The model whose shapes a state dict shows, with its weights; KeyError or RuntimeError."""
-        def count(begin, end):
-            return sum(name.startswith(begin) and name.endswith(end) for name in sd)
-        ch = len(sd['encoder.conv_in.weight'])
-        levels = count('encoder.down.', '.block.0.conv1.weight')
-        ch_mult = [len(sd[f'encoder.down.{i}.block.0.conv1.weight']) // ch for i in range(levels)]
-        share = count('quantize.quant_resi.', '.weight')
-        blocks = count('encoder.down.0.', '.conv1.weight')
-        vae = cls(patch_nums, *sd['quantize.embedding.weight'].shape, ch, ch_mult, share, blocks)
+        ch, share = len(sd['encoder.conv_in.weight']), sum('qresi_ls' in name for name in sd) // 2
+        convs = [n for n in sd if n.startswith('encoder.down.') and n.endswith('.conv1.weight')]
+        ch_mult = {name.split('.')[2]: len(sd[name]) // ch for name in convs}       # of each level
+        vae = cls(patch_nums, *sd['quantize.embedding.weight'].shape, ch, tuple(ch_mult.values()),
+                  share, len(convs) // len(ch_mult))
         hits = sd['quantize.ema_vocab_hit_SV']
         if len(hits) != len(patch_nums):            # counted at other scales: of no use at these
             sd = {**sd, 'quantize.ema_vocab_hit_SV': vae.quantize.ema_vocab_hit_SV}
         vae.load_state_dict(sd)
         return vae
 
-    def official_state_dict(self):
-        """A state dict that the official code loads strictly: its names are those used here."""
-        return self.state_dict()
+    official_state_dict = nn.Module.state_dict      # its names are those of the released files
 
-
-# ------------------------------------------------------------------------------------------------
-# The learned losses of equation (5)
+# ---- The learned losses of equation (5) ----
 
 class VGG16(nn.Module):
     """L_P: how far apart two pictures are in the features of a VGG-16 trained on ImageNet.
@@ -359,14 +304,12 @@ class VGG16(nn.Module):
     LPIPS without its learned weights: features of five depths, of unit length at every place.
     weights: a dict, torchvision's vgg16-397923af.pth.
     """
-
     def __init__(self, weights):
         super().__init__()
         layers, c = [], 3
-        for width, convs in (64, 2), (128, 2), (256, 3), (512, 3), (512, 3):
-            for _ in range(convs):
-                layers, c = layers + [conv3(c, width), nn.ReLU()], width
-            layers.append(nn.MaxPool2d(2))
+        for width in 64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0:
+            layers += [conv3(c, width), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+            c = width or c
         self.features = nn.Sequential(*layers).requires_grad_(False)
         self.load_state_dict({k: v for k, v in weights.items() if k.startswith('features.')})
 
@@ -382,10 +325,8 @@ class VGG16(nn.Module):
             x = layer(x)
         return loss
 
-
 class PatchDiscriminator(nn.Sequential):
     """L_G: scores patches, real above and rebuilt below 0. (B, 3, H, W) -> (B, 1, H/8, W/8)."""
-
     def __init__(self, ch=64):
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for c in ch, 2 * ch:

@@ -19,11 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 def scale_of_token(patch_nums):
     """The scale that each of the L tokens belongs to: (L,) int64, rising."""
     return torch.arange(len(patch_nums)).repeat_interleave(torch.tensor(patch_nums) ** 2)
-
 
 def block_causal_mask(patch_nums):
     """The mask of Fig. 4, (L, L): 0 where token i may see token j, -inf where it may not.
@@ -35,7 +33,6 @@ def block_causal_mask(patch_nums):
     """
     scale = scale_of_token(patch_nums)
     return torch.where(scale[:, None] < scale[None], -torch.inf, 0.)
-
 
 def filter_logits(logits, top_k=0, top_p=0.0):
     """Sets all but the top_k largest logits, then all outside the top-p set, to -inf.
@@ -53,15 +50,12 @@ def filter_logits(logits, top_k=0, top_p=0.0):
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 
-
-def drop_path(branch, noise, rate):
-    """Stochastic depth: no branch (B, L, w) for images whose noise (B,) is below the rate."""
-    return branch * ((noise >= rate) / (1 - rate))[:, None, None].to(branch.dtype)
-
+def norm(x):
+    """LayerNorm without parameters of its own: AdaLN brings them."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 class Attention(nn.Module):
     """Self-attention with queries and keys of unit length (Section 4), and a scale a head."""
-
     def __init__(self, w, heads, qk_norm):
         super().__init__()
         self.heads, self.qk_norm = heads, qk_norm
@@ -97,40 +91,26 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1)
         return self.proj(x.transpose(1, 2).reshape(B, l, w))
 
-
 class Block(nn.Module):
     """Attention and FFN, each scaled, shifted and gated by the class: AdaLN (Section 4)."""
-
     def __init__(self, w, heads, drop_rate, shared_aln, qk_norm):
         super().__init__()
-        self.w, self.drop_rate = w, drop_rate
-        self.attn = Attention(w, heads, qk_norm)
+        self.drop_rate, self.attn = drop_rate, Attention(w, heads, qk_norm)
         self.ffn = nn.ModuleDict({'fc1': nn.Linear(w, 4 * w), 'fc2': nn.Linear(4 * w, w)})
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, w))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w))
 
-    def modulation(self, condition, shared):
-        """The six vectors of AdaLN, each (B, 1, w). They depend on the class alone, so generation
-        asks for them once an image, not once a scale: they are a third of all weights (8)."""
-        if shared is None:
-            return self.ada_lin(condition).view(-1, 1, 6, self.w).unbind(2)
-        return (self.ada_gss + shared).unbind(2)
-
     def forward(self, x, modulation, mask=None, cache=None, noise=None):
+        """x (B, l, w); modulation: six vectors (B, 1, w); noise (B, 2) in training only."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        h = self.attn(norm(x) * (1 + scale1) + shift1, mask, cache) * gamma1
-        x = x + (h if noise is None else drop_path(h, noise[:, 0], self.drop_rate))
-        h = self.ffn['fc1'](norm(x) * (1 + scale2) + shift2)
-        h = self.ffn['fc2'](F.gelu(h, approximate='tanh')) * gamma2
-        return x + (h if noise is None else drop_path(h, noise[:, 1], self.drop_rate))
-
-
-def norm(x):
-    """LayerNorm without parameters of its own: AdaLN brings them."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
+        if noise is not None:      # stochastic depth shuts the gate of a branch for a whole picture
+            gate1, gate2 = ((noise >= self.drop_rate) / (1 - self.drop_rate)).split(1, dim=1)
+            gamma1, gamma2 = gamma1 * gate1[..., None], gamma2 * gate2[..., None]       # (B, 1, w)
+        x = x + self.attn(norm(x) * (1 + scale1) + shift1, mask, cache) * gamma1        # (B, l, w)
+        h = self.ffn['fc1'](norm(x) * (1 + scale2) + shift2)                            # (B, l, 4w)
+        return x + self.ffn['fc2'](F.gelu(h, approximate='tanh')) * gamma2              # (B, l, w)
 
 class VAR(nn.Module):
     """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6), of token maps r_k, patch_nums[k] a side.
@@ -138,7 +118,6 @@ class VAR(nn.Module):
     depth d sets width 64 d and d heads (7). Class index num_classes stands for "no class". qk_norm
     off is an ablation of Table 3; the released models have it on.
     """
-
     def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, num_classes=1000,
                  vocab_size=4096, z_channels=32, shared_aln=False, qk_norm=True):
         super().__init__()
@@ -183,12 +162,17 @@ class VAR(nn.Module):
         return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
     def modulations(self, condition):
-        """What AdaLN makes of the class (B, w): six vectors a block, two of the head, (B, 1, w)."""
-        shared = None
+        """What AdaLN makes of the class (B, w): six vectors a block, two of the head, (B, 1, w).
+
+        They depend on the class alone, so generation asks for them once an image, not once a scale:
+        the weights that make them are a third of all (8).
+        """
         if self.shared_ada_lin:
-            shared = self.shared_ada_lin(condition).unflatten(1, (1, 6, -1))
-        head = self.head_nm['ada_lin'](condition)[:, None].chunk(2, dim=-1)
-        return [block.modulation(condition, shared) for block in self.blocks], head
+            shared = self.shared_ada_lin(condition).unflatten(1, (1, 6, -1))    # (B, 1, 6, w)
+            six = [block.ada_gss + shared for block in self.blocks]
+        else:
+            six = [block.ada_lin(condition).unflatten(1, (1, 6, -1)) for block in self.blocks]
+        return [x.unbind(2) for x in six], self.head_nm['ada_lin'](condition)[:, None].chunk(2, -1)
 
     def logits(self, x, modulation):
         """(B, l, w) -> (B, l, V), float32."""
@@ -284,6 +268,4 @@ class VAR(nn.Module):
         var.load_state_dict(sd)
         return var
 
-    def official_state_dict(self):
-        """The state dict under the names of the released files, which are those used here."""
-        return self.state_dict()
+    official_state_dict = nn.Module.state_dict      # its names are those of the released files

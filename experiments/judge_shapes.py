@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import load_models, pick_device, precision, run, to_tensor      # noqa: E402
-from train import outlines, shapes                                          # noqa: E402
+from train import SHAPES, shapes                                            # noqa: E402
 
 
 def train_judge(steps=400, batch=128):
@@ -49,7 +49,7 @@ def main():
     device = pick_device()
     vae, var, ckpt = load_models(sys.argv[1] if len(sys.argv) > 1 else 'ckpt.pt')
     vae, var, shares = vae.to(device), var.to(device), []
-    for c, name in enumerate(outlines()):
+    for c, name in enumerate(SHAPES):
         with precision(device):
             images = var.generate(vae, [c] * 50, seed=c, **ckpt['sampling'])
         shares.append((judge(images.cpu() * 2 - 1).argmax(1) == c).float().mean().item())
