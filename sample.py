@@ -15,7 +15,6 @@ import inspect
 import os
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 import zlib
@@ -100,15 +99,17 @@ def precision(device):
 def write_whole(path, write):
     """Calls write(temporary file), flushes it to disk, renames it: path is old or new, never half.
     Where the disk refuses it raises Problem, and leaves nothing behind."""
-    folder = Path(path).parent                                 # only there can it be renamed
+    part = Path(path).with_name(f'.{Path(path).name}.part')    # only beside it can it be renamed
     with attempt(f'cannot write {path}', 'the disk may be full'):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.', dir=folder) as beside:
-            with open(Path(beside, 'part'), 'wb') as f:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, 'wb') as f:
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())                           # or a crash could rename a hole
-            os.replace(f.name, path)                           # at once, for every reader
+            os.replace(part, path)                             # at once, for every reader
+        finally:
+            part.unlink(missing_ok=True)
 
 def read_weights(path):
     """A dict from a file of torch.save, whatever it claims to be: no code in it is run.

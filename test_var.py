@@ -11,8 +11,11 @@ import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import zlib
 from fractions import Fraction
 from functools import partial
@@ -523,6 +526,8 @@ def command(module, *words, monkeypatch, folder):
     return 0
 
 
+# A network that is quick to train, for all that follows.
+train.SMALL['network'] = dict(ch=8, ch_mult=(1, 2, 4), vocab_size=99, z_channels=8, res_blocks=1)
 TINY = ('--size', 32, '--depth', 1, '--batch', 4, '--tokenizer-steps', 3, '--steps', 3, '--workers', 0,
         '--device', 'cpu')
 
@@ -555,6 +560,130 @@ def test_train_and_sample(trained, monkeypatch, capsys):
     assert Image.open(trained / 'c.png').size == (34 * 4 - 2, 32)
     assert go('--cls', 1, '--n', 1, '--out', 'd.png') == go('--cls', 1, '--n', 1, '--out', 'e.png') == 0
     assert (trained / 'd.png').read_bytes() == (trained / 'e.png').read_bytes()
+
+def test_editing_outputs(trained, monkeypatch, tmp_path):
+    """Masks, pasting, several boxes, rejection, png and npz, from the command line."""
+    go = partial(command, sample, '--ckpt', trained / 'ckpt.pt', monkeypatch=monkeypatch, folder=tmp_path)
+    photo = trained / 'pictures' / 'dog' / '1 é.png'
+    mask = np.zeros((80, 80), np.uint8)
+    mask[10:35, 40:75] = 255
+    Image.fromarray(mask).save(tmp_path / 'mask.png')
+    edit = ('--edit', photo, '--n', 2, '--paste')
+    assert go(*edit, '--mask', 'mask.png', '--out', 'a.png') == 0
+    whole, masked, one, two = np.split(np.asarray(Image.open(tmp_path / 'a.png'))[:, :134], [34, 68, 102], 1)
+    whole, masked, one = whole[:, :32], masked[:, :32], one[:, :32]
+    kept = np.asarray(Image.fromarray(mask).resize((32, 32), Image.LANCZOS)) <= 127
+    assert (masked[~kept] == 128).all() and np.array_equal(masked[kept], whole[kept])
+    far = kept & (np.add.outer(np.arange(32) ** 0, np.arange(32)) < 8)         # away from the soft edge
+    assert np.array_equal(one[far], whole[far]) and not np.array_equal(one[~kept], whole[~kept])
+    args = argparse.Namespace(mask=None, box=['0,0,.25,.25', '.5,.5,1,1'], outside=False)
+    new, pixels = sample.new_places(args, 8, 32)
+    assert new.sum() == 4 + 16 and new[:2, :2].all() and new[4:, 4:].all() and pixels.sum() == 20 * 16
+    assert go('--cls', 0, 1, '--n', 3, '--png', 'all') == 0
+    assert sorted(os.listdir(tmp_path / 'all')) == [f'{i:06d}.png' for i in range(6)]
+    assert go('--cls', 'all', '--n', 40, '--npz', 'a.npz') == 0
+    with np.load(tmp_path / 'a.npz') as f:                      # as the evaluators read it
+        pictures, labels = f['arr_0'], f['arr_1']
+    assert pictures.shape == (80, 32, 32, 3) and pictures.dtype == np.uint8
+    assert sorted(labels) == [0] * 40 + [1] * 40 and labels.tolist() != sorted(labels)
+    vae, var, ckpt = sample.load_models(trained / 'ckpt.pt')
+    with sample.precision(torch.device('cpu')):
+        first = var.generate(vae, torch.tensor([0] * 40 + [1] * 10), seed=0, **ckpt['sampling'])
+    order = np.random.default_rng(0).permutation(80)            # the npz holds what Python draws
+    assert np.array_equal(pictures[np.argsort(order)][:50], sample.to_uint8(first))
+
+
+@torch.no_grad()
+def test_rejection_keeps_the_best(tmp_path):
+    vae, var = models()
+    labels = torch.tensor([1, 2, 1])
+    draws = [var.generate(vae, labels, seed=s, cfg=0, return_tokens=True) for s in (5, 6, 7)]
+    images, tokens = sample.draw(vae, var, labels, 5, 3, cfg=0)
+    log_p = []
+    for _, drawn in draws:                                      # log p by its definition, (6)
+        x, target = vae.var_input(drawn), torch.cat(drawn, 1)
+        log_p.append(sum(-F.cross_entropy(var(y, x).transpose(1, 2), target, reduction='none').sum(1) * sign
+                         for y, sign in ((labels, 1), (torch.full_like(labels, 5), -1))))
+    best = torch.stack(log_p).argmax(0)
+    for i, r in enumerate(best):
+        assert torch.equal(images[i], draws[r][0][i])
+        assert all(torch.equal(a[i], b[i]) for a, b in zip(tokens, draws[r][1]))
+    brightness = lambda x: torch.stack([x.mean((1, 2, 3)) * c for c in range(5)], 1) * 100  # noqa: E731
+    images, _ = sample.draw(vae, var, labels, 5, 3, brightness, cfg=0)
+    want = torch.stack([brightness(x).log_softmax(1)[range(3), labels] for x, _ in draws]).argmax(0)
+    assert all(torch.equal(images[i], draws[r][0][i]) for i, r in enumerate(want))
+
+
+def launch(folder, processes, module, *words, **patches):
+    """Runs a command in processes of its own, in float32 on one thread each; its exit status."""
+    script = folder / f'{module}_float32.py'
+    script.write_text(f'import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, sample, train\n'
+                      'torch.cpu._is_avx512_bf16_supported = lambda: False\ntorch.set_num_threads(1)\n'
+                      f'train.SMALL["network"] = {train.SMALL["network"]}\n'
+                      + ''.join(f'{k.replace("__", ".")} = {v!r}\n' for k, v in patches.items())
+                      + f'if __name__ == "__main__":\n    sample.run({module}.main)\n')
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '--']
+    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), script, *map(str, words)],
+                            cwd=folder, stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def test_two_processes_draw_what_one_draws(trained, tmp_path):
+    words = '--ckpt', trained / 'ckpt.pt', '--cls', 'all', '--n', 40
+    runs = [launch(tmp_path, n, 'sample', *words, '--npz', f'{n}.npz') for n in (1, 2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    one, two = (np.load(tmp_path / f'{n}.npz') for n in (1, 2))
+    assert np.array_equal(one['arr_0'], two['arr_0']) and np.array_equal(one['arr_1'], two['arr_1'])
+
+
+def test_two_processes_train_to_the_losses_of_one_and_a_kill_changes_nothing(trained, tmp_path):
+    words, ends = ('--data', trained / 'pictures', *TINY, '--flip'), {}
+    first = launch(tmp_path, 1, 'train', *words, '--out', 'killed', train__SAVE_EVERY=0)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (tmp_path / 'killed' / 'ckpt.pt').exists():
+        time.sleep(0.01)
+    time.sleep(1)                                               # it saves after every step
+    first.kill(), first.wait()
+    for name, n, *resume in ('one', 1), ('two', 2), ('killed', 1, '--resume'):
+        assert launch(tmp_path, n, 'train', *words, '--out', name, *resume).wait() == 0
+        ends[name] = torch.load(tmp_path / name / 'ckpt.pt', weights_only=True)
+    for part in 'vae', 'var':
+        for name, value in ends['one'][part].items():
+            assert torch.equal(value, ends['killed'][part][name]), name
+            torch.testing.assert_close(value, ends['two'][part][name], atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_eval(trained, monkeypatch, capsys, tmp_path):
+    go = partial(command, train, '--eval', trained / 'ckpt.pt', '--data', trained / 'pictures', '--out',
+                 tmp_path, '--workers', 0, '--device', 'cpu', monkeypatch=monkeypatch, folder=tmp_path)
+    assert go() == 0
+    said = capsys.readouterr().out
+    with np.load(tmp_path / 'reconstructions.npz') as f:
+        rebuilt, labels = f['arr_0'], f['arr_1']
+    assert rebuilt.shape == (2, 32, 32, 3) and labels.tolist() == [0, 1]
+    _, val, _ = train.picture_folder(trained / 'pictures')
+    val = np.stack([sample.crop(sample.open_picture(f, 32), 32, min(36, Image.open(f).size[1])) for f in val[0]])
+    psnr = np.mean([-10 * np.log10(((a / 255. - b / 255.) ** 2).mean()) for a, b in zip(val, rebuilt)])
+    assert float(said.split('PSNR ')[1].split()[0]) == pytest.approx(psnr, abs=0.1)
+    assert 'loss 6' in said and 'error last' in said and 'bits an image' in said
+
+
+def test_ssim_against_its_definition():
+    a, b = torch.rand(2, 2, 3, 20, 24)
+    x = np.arange(-5, 6)
+    window = np.exp(-(x[:, None] ** 2 + x ** 2) / 4.5)
+    window /= window.sum()
+    for i in range(2):
+        values = []
+        for c in range(3):
+            for y in range(10):
+                for z in range(14):
+                    p, q = (t[i, c, y:y + 11, z:z + 11].double().numpy() for t in (a, b))
+                    mp, mq = (window * p).sum(), (window * q).sum()
+                    vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                    both = (window * (p - mp) * (q - mq)).sum()
+                    values.append((2 * mp * mq + 1e-4) * (2 * both + 9e-4) / (
+                        (mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
+        assert train.ssim(a, b)[i].item() == pytest.approx(np.mean(values), abs=1e-6)
 
 
 @pytest.mark.parametrize('stop_at', [2, 5])

@@ -108,9 +108,10 @@ class Block(nn.Module):
         if noise is not None:      # stochastic depth shuts the gate of a branch for a whole picture
             gate1, gate2 = ((noise >= self.drop_rate) / (1 - self.drop_rate)).split(1, dim=1)
             gamma1, gamma2 = gamma1 * gate1[..., None], gamma2 * gate2[..., None]       # (B, 1, w)
-        x = x + self.attn(norm(x) * (1 + scale1) + shift1, mask, cache) * gamma1        # (B, l, w)
-        h = self.ffn['fc1'](norm(x) * (1 + scale2) + shift2)                            # (B, l, 4w)
-        return x + self.ffn['fc2'](F.gelu(h, approximate='tanh')) * gamma2              # (B, l, w)
+        h = torch.addcmul(shift1, norm(x), 1 + scale1)                          # (B, l, w)
+        x = torch.addcmul(x, self.attn(h, mask, cache), gamma1)
+        h = self.ffn['fc1'](torch.addcmul(shift2, norm(x), 1 + scale2))         # (B, l, 4w)
+        return torch.addcmul(x, self.ffn['fc2'](F.gelu(h, approximate='tanh')), gamma2)
 
 class VAR(nn.Module):
     """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6), of token maps r_k, patch_nums[k] a side.
