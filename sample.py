@@ -248,8 +248,11 @@ def draw(vae, var, labels, seed, rounds=1, classifier=None, **options):
         images, tokens = var.generate(vae, labels, seed=seed + r, return_tokens=True, **options)
         if rounds == 1:
             return images, tokens
-        score = likelihood_ratio(vae, var, tokens, labels) if classifier is None else (
-            classifier(images).log_softmax(-1).gather(1, labels[:, None])[:, 0])        # (B,)
+        if classifier is None:
+            score = likelihood_ratio(vae, var, tokens, labels)                          # (B,)
+        else:
+            with attempt('--classifier', f'does not take {tuple(images.shape)}, or lacks a class'):
+                score = classifier(images).log_softmax(-1).gather(1, labels[:, None])[:, 0]
         better, best = score > best, torch.maximum(score, best)
         kept = [torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
                 for new, old in zip((images, *tokens), kept or (images, *tokens))]
@@ -304,6 +307,8 @@ def main():
     args = Options(**parse(Options, __doc__))
     if min(args.n, args.reject, 1 + (args.top_k or 0)) < 1 or not 0 <= (args.top_p or 0) <= 1:
         raise Problem('--n and --reject start at 1, --top-k at 0; --top-p is between 0 and 1')
+    if not args.edit and (args.box or args.mask or args.outside or args.paste):
+        raise Problem('--box, --mask, --outside and --paste need a photograph: --edit')
     device, (rank, world) = pick_device(args.device), rank_and_world()
     vae, var, ckpt = load_models(args.ckpt, args.tokenizer)
     if var is None:
@@ -346,17 +351,19 @@ def main():
         dist.barrier()
     if rank:
         return
-    files = [np.load(parts / f'{number}.npz') for number in range(len(batches))]
-    sets = {name: np.concatenate([f[name] for f in files]) for name in files[0].files}
-    drawn, wide = sets['drawn'], args.n if len(classes) > 1 else 8              # (N, H, W, 3)
+
+    def everything(name):
+        return np.concatenate([np.load(parts / f'{i}.npz')[name] for i in range(len(batches))])
+
+    drawn, wide = everything('drawn'), args.n if len(classes) > 1 else 8        # (N, H, W, 3)
     if args.paste:                                   # with an edge as soft as 1/64 of the picture
         edge = Image.fromarray(np.uint8(255 * pixels)).filter(ImageFilter.GaussianBlur(size / 64))
         share = np.asarray(edge)[..., None] / 255                               # (H, W, 1)
         drawn = np.uint8(share * drawn + (1 - share) * photo + 0.5)
     if args.scales:        # a row a picture, or a frame a scale with the pictures in one row
-        frames = sets['growing'].swapaxes(0, 1)[:, None]                        # (K, 1, N, H, W, 3)
+        sheet = everything('growing')                                           # (N, K, H, W, 3)
         gif = args.scales.suffix.lower() == '.gif'
-        save_grid(args.scales, *(frames if gif else [sets['growing']]))
+        save_grid(args.scales, *(sheet.swapaxes(0, 1)[:, None] if gif else [sheet]))
     if args.npz:           # shuffled, as the field's evaluator takes inception scores of blocks
         order = np.random.default_rng(args.seed).permutation(len(labels))
         arrays = {'arr_0': drawn[order], 'arr_1': labels.numpy()[order]}

@@ -96,21 +96,23 @@ def settings():
     The command line comes before what a resumed run had, and that before the preset.
     """
     given, state = parse(Options, __doc__), {}
-    given['device'] = pick_device(given.get('device'))
-    if 'resume' in given:
-        state = read_weights(given.get('out', Path()) / 'ckpt.pt')
+    given['device'] = pick_device(given.get('device'))          # joins the other processes, too
+    ckpt = given.get('out', Path()) / 'ckpt.pt'
+    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'        # by torchrun
+    if 'resume' in given or restarted and ckpt.exists():
+        state = read_weights(ckpt)
         if not isinstance(state.get('config'), dict) or state.get('version') != VERSION:
-            raise Problem('ckpt.pt was not made by this train.py: nothing to resume')
+            raise Problem(f'{ckpt} was not made by this train.py: nothing to resume')
     given = dict(data='shapes') | state.get('config', {}) | given
     folder = Path(given['data']).is_dir() and not cifar10_path(given['data'])
-    size = given.setdefault('size', 256 if folder else 32)
+    size = given.setdefault('size', 256 if folder else 32)      # CIFAR-10's files are no folder
     if size not in (32, *PRESETS):
         raise Problem(f'--size {size}: choose from 32, 64, 128, 256, 512')
     kind = size if size > 32 else 'shapes' if given['data'] == 'shapes' else given['device'].type
     args = Options(**PRESETS.get(kind, SMALL) | given)
-    args.lr = args.lr or 1e-4 * args.batch / 256
+    args.lr = args.lr or 1e-4 * args.batch / 256                # Section 4
     args.sides = [int(p) for p in args.patch_nums.split(',') if p.isdecimal()]
-    last = size // 2 ** (len(args.network['ch_mult']) - 1)
+    last = size // 2 ** (len(args.network['ch_mult']) - 1)      # the side of the latent, P
     if min(args.depth, args.batch, args.accumulate, args.steps + 1, args.tokenizer_steps + 1) < 1:
         raise Problem('--depth, --batch and --accumulate start at 1, the steps at 0')
     if args.batch % (rank_and_world()[1] * args.accumulate):
@@ -194,7 +196,8 @@ def cifar10(path):
 def picture_folder(root):
     """The same for a folder of class folders, with paths instead of pixels.
 
-    Where there is no val folder, every tenth picture of a class is held out, the second of fewer.
+    Where there is no val folder, every tenth picture of a class is held out, the second of fewer,
+    and where no class has a second one, every tenth of all.
     Pictures right in the folder are one class. What begins with a dot is hidden, and no picture.
     """
     def pictures(pattern):
@@ -202,11 +205,12 @@ def picture_folder(root):
                       and not any(part[0] == '.' for part in f.relative_to(root).parts))
 
     root, endings = Path(root), Image.registered_extensions()
-    everything = pictures('train/*/*') or pictures('*/*') or pictures('*')
+    everything = pictures('train/*/*') or pictures('*/*') or pictures('*')      # one class
     number = {name: i for i, name in enumerate(sorted({f.parent.name for f in everything}))}
     groups = [[f for f in everything if f.parent.name == name] for name in number]
-    val = pictures('val/*/*') or [f for group in groups for f in group[9::10] or group[1:2]]
-    train = sorted({*everything} - {*val})
+    held_out = [f for group in groups for f in group[9::10] or group[1:2]]
+    val = pictures('val/*/*') or held_out or everything[9::10] or everything[1:2]
+    train = sorted({*everything} - {*val})              # sorted: the same on every machine
     if not train or not val:
         raise Problem(f'--data {root}: no such folder, or not two pictures in it or in its folders')
     if unknown := {f.parent.name for f in val} - {*number}:
@@ -234,25 +238,25 @@ class Pictures:
                 image = Image.new('RGB', (size, size)) if len(bad) == len(self.items) else None
         # The paper's shorter side of 1.125 x size; but a small picture is not blown up to that.
         short = min(max(min(image.size), size), round(1.125 * size))
-        rng = None if draw is None else np.random.default_rng(draw)
-        picture = crop(image, size, short, rng)
+        rng = None if draw is None else np.random.default_rng(draw)     # a function of the draw
+        picture = crop(image, size, short, rng)                         # (size, size, 3)
         return picture[:, ::-1] if rng and self.flip and rng.random() < 0.5 else picture, index, bad
 
     def load(self, batches, workers=0):
         """For each list of requests: pictures (B, size, size, 3), indices (B,). Names bad files."""
         for items in torch.utils.data.DataLoader(self, batch_sampler=batches, collate_fn=list,
                                                  num_workers=workers):
-            pictures, indices, bad = zip(*items)
+            pictures, indices, bad = zip(*items)                                # B of each
             for why in sorted({*sum(bad, [])} - self.named):
                 self.named.add(why)
                 print(f'skipped: {why} ({len(self.named)} so far)', file=sys.stderr, flush=True)
             if len(self.named) == len(self.items):
                 raise Problem(f'none of the {len(self.items)} pictures can be read')
-            yield torch.from_numpy(np.stack(pictures)), torch.tensor(indices)
+            yield torch.from_numpy(np.stack(pictures)), torch.tensor(indices)   # uint8, int64
 
     def middles(self, n=sys.maxsize):
-        """Requests for the middles of the first n pictures, in batches of 50."""
-        requests = [(i, None) for i in range(len(self.items))][:n]
+        """Requests for the middles of n pictures, evenly spread over all, in batches of 50."""
+        requests = [(i, None) for i in range(0, len(self.items), max(1, len(self.items) // n))][:n]
         return [requests[a:a + 50] for a in range(0, len(requests), 50)]
 
 def order(n, args, start, stop):
@@ -294,7 +298,7 @@ def tokenize(vae, pictures, args):
         parts = [None] * world
         dist.all_gather_object(parts, found)
         found = {i: maps for part in parts for i, maps in part.items()}
-    kept = sorted(found)
+    kept = sorted(found)                                # so the number of processes changes nothing
     labels = torch.from_numpy(pictures.labels[kept]).repeat_interleave(1 + pictures.flip)
     return torch.from_numpy(np.concatenate([found[i] for i in kept])), labels
 
@@ -313,7 +317,7 @@ def ssim(a, b):
 
 @torch.no_grad()
 def grade_tokenizer(vae, pictures, args, n):
-    """Figures of the tokenizer on the first n pictures, as a dict; and those pictures rebuilt.
+    """Figures of the tokenizer on n of the pictures, as a dict; and those pictures rebuilt.
 
     PSNR in dB, SSIM, L1 (of 0 to 1), entropy in bits, and use of the codebook: `usage k` is the
     share of what scale k could use at most, which is all codes, or its own tokens if fewer.
@@ -328,7 +332,7 @@ def grade_tokenizer(vae, pictures, args, n):
         scores.append(torch.stack([psnr, ssim(a, b), (a - b).abs().mean((1, 2, 3))]).cpu())
         hits += torch.stack([r_k.flatten().bincount(minlength=V) for r_k in tokens]).cpu()
         rebuilt.append(to_uint8(b))
-    psnr, similar, l1 = torch.cat(scores, dim=1).mean(1).tolist()
+    psnr, similar, l1 = torch.cat(scores, dim=1).mean(1).tolist()               # means of (3, n)
     usage = (hits > 0).sum(1) / (hits[0].sum() * l).clamp_max(V)                # (K,)
     bits = l @ torch.special.entr(hits / hits.sum(1, keepdim=True)).sum(1).div(np.log(2)).long()
     return {'PSNR': psnr, 'SSIM': similar, 'L1': l1, 'codes used': (hits.sum(0) > 0).sum().item(),
@@ -366,39 +370,41 @@ class TokenizerStage(nn.Module):
         self.args, self.vae, self.train_set, self.val_set = args, vae, train, val
         self.steps, self.lr = args.tokenizer_steps, args.tokenizer_lr
         self.disc = PatchDiscriminator() if args.adversarial else None
-        weights = args.perceptual and read_weights(args.vgg or fetch(*VGG))
-        self.vgg = VGG16(weights) if weights else None
+        self.vgg = None
+        if args.perceptual:
+            file = args.vgg or fetch(*VGG)
+            with attempt(f'{file}', 'not the VGG-16 weights of torchvision, see --vgg'):
+                self.vgg = VGG16(read_weights(file))
 
     def batches(self, start):
         requests = order(len(self.train_set.items), self.args, start, self.steps)
         return ((pictures,) for pictures, _ in self.train_set.load(requests, self.args.workers))
 
     def forward(self, pictures, noise):
-        """The loss, figures to show, and the use of codes, for after_step()."""
+        """The loss, figures to show, and the use of codes, for move_codes()."""
         images = to_tensor(pictures)                                            # (B, 3, H, W)
         rebuilt, quantizer, usage = self.vae(images, noise[:, 0], self.progress >= self.plain)
-        mse = F.mse_loss(rebuilt, images)
+        mse = F.mse_loss(rebuilt, images)                                       # the first of (5)
         loss = mse + 0.2 * F.l1_loss(rebuilt, images)
         figures = {'PSNR': -10 * torch.log10(mse.detach() / 4), 'quantizer': quantizer.detach()}
         if self.vgg:
-            loss = loss + self.args.perceptual * self.vgg(rebuilt, images)
+            loss = loss + self.args.perceptual * self.vgg(rebuilt, images)      # lambda_P L_P
         if self.disc and self.progress >= 0.75:      # late: once the other losses have levelled off
             fool, judge = self.disc.losses(images, rebuilt)
             # As much pull on the last layer as all other losses have together (VQGAN).
             pull, push = (torch.autograd.grad(x, self.vae.decoder.conv_out.weight,
                                               retain_graph=True)[0].norm() for x in (loss, fool))
             weight = self.args.adversarial * (pull / (push + 1e-4)).clamp_max(1e4)
-            loss = loss + weight * fool + judge
+            loss = loss + weight * fool + judge                                 # lambda_G L_G
             figures['adversarial'] = judge.detach()
-        return loss + quantizer, figures, usage
+        return loss + quantizer, figures, usage                                 # the second of (5)
 
-    def after_step(self, usages):
-        """Moves the codes, once for all parts of the batch. While quantized steps are few their
-        average is over all of them, as k-means would have it."""
-        if usages[0]:
-            t = (self.progress - self.plain) * self.steps
-            tokens, vectors = (torch.cat(parts) for parts in zip(*usages))
-            self.vae.quantize.update(tokens, vectors, decay=min(0.98, t / (t + 1)))
+    def move_codes(self, usages):
+        """Once a step, for all parts of its batch. While quantized steps are few their average is
+        over all of them, as k-means would have it."""
+        t = (self.progress - self.plain) * self.steps
+        tokens, vectors = (torch.cat(parts) for parts in zip(*usages))          # (B, L), (B, L, z)
+        self.vae.quantize.update(tokens, vectors, decay=min(0.98, t / (t + 1)))
 
     @torch.no_grad()
     def evaluate(self):
@@ -427,21 +433,19 @@ class TransformerStage(nn.Module):
 
     def forward(self, tokens, labels, noise):
         """The loss, figures to show, and no use of codes: they stay as stage 1 left them."""
-        maps = tokens.long().split([p * p for p in self.var.patch_nums], dim=1)
+        maps = tokens.long().split([p * p for p in self.var.patch_nums], dim=1)     # K of (B, l)
         logits = self.var(labels, self.vae.var_input(maps), noise)              # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
-        right = (logits.detach().argmax(-1) == tokens).float().mean()
+        right = (logits.detach().argmax(-1) == tokens).float().mean()           # 4 to 6 % is normal
         return loss, {'loss': loss.detach(), 'accuracy': right}, None
 
-    def after_step(self, usages):
-        """Nothing."""
     def evaluate(self):
         """Figures on a thousand pictures; draws eight of each of the first ten classes."""
         classes = min(10, self.var.num_classes)
         images = self.var.generate(self.vae, torch.arange(classes).repeat_interleave(8), seed=0,
                                    **self.args.sampling)
         save_grid(self.args.out / 'samples.png', np.split(to_uint8(images), classes))
-        tokens, labels = (x[:1000] for x in self.val_set)
+        tokens, labels = (x[::max(1, len(x) // 1000)][:1000] for x in self.val_set)
         return grade_transformer(self.vae, self.var, tokens, labels, self.args.device)
 
 # ---- One loop for both stages ----
@@ -466,11 +470,12 @@ def train_stage(stage, args, state):
     """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step."""
     (rank, world), B, start = rank_and_world(), args.batch, state['step']
     optimizer, every = make_optimizer(stage), max(1, stage.steps // 5)
-    learned = {n: m for n, m in stage.named_children() if n in ('vae', 'var', 'disc')}
+    learned = {n: m for n, m in stage.named_children() if n in ('vae', 'var', 'disc')}  # not VGG
     if state['optimizer']:
-        optimizer.load_state_dict(state['optimizer'])
-        for name, module in learned.items():
-            module.load_state_dict(state[name])
+        with attempt('cannot resume', 'ckpt.pt was trained with another --depth or other scales'):
+            optimizer.load_state_dict(state['optimizer'])
+            for name, module in learned.items():
+                module.load_state_dict(state[name])
     model, batches, stop, skipped = stage.train(), stage.batches(start), [], 0
     if world > 1:
         late = stage.name == 'tokenizer'            # phi and L_G have no part in its first steps
@@ -483,7 +488,7 @@ def train_stage(stage, args, state):
         if rank == 0 and (last or step and step % every == 0):
             with precision(args.device):
                 figures = stage.eval().evaluate()
-            stage.train()
+            stage.train()                           # label dropout and stochastic depth again
             show(f'{stage.name} {step}', figures)
             with open(args.out / 'log.csv', 'a') as f:
                 f.writelines(f'{stage.name},{step},{time.time():.1f},{k},{v}\n'
@@ -506,21 +511,22 @@ def train_stage(stage, args, state):
         batch, usages = next(batches), []   # before seeding: the first one takes a random number
         seed = np.random.SeedSequence((args.seed, len(stage.name), step)).generate_state(1)[0]
         torch.manual_seed(int(seed))
-        noise = torch.rand(B, stage.noises)[rank * B // world:(rank + 1) * B // world]
+        noise = torch.rand(B, stage.noises)[rank * B // world:(rank + 1) * B // world]  # its part
         for group in optimizer.param_groups:
             group['lr'] = stage.lr * learning_rate(stage.progress)
         optimizer.zero_grad()
         for part in zip(*(x.to(args.device).chunk(args.accumulate) for x in (*batch, noise))):
             with precision(args.device):
                 loss, figures, usage = model(*part)
-            (loss / args.accumulate).backward()
+            (loss / args.accumulate).backward()     # the mean over parts is that of the batch
             usages.append(usage)
-        weights = [p for group in optimizer.param_groups for p in group['params']]
+        weights = [p for group in optimizer.param_groups for p in group['params']]      # not vae's
         finite = torch.nn.utils.clip_grad_norm_(weights, 2.0).isfinite()
         skipped = 0 if finite else skipped + 1
         if finite:
             optimizer.step()
-            stage.after_step(usages)
+            if usages[0]:
+                stage.move_codes(usages)
         elif skipped == 10:
             raise Problem('ten steps in a row were not finite. ckpt.pt is the last good one: '
                           '--resume with a smaller --lr or --tokenizer-lr')
@@ -536,9 +542,10 @@ def train_stage(stage, args, state):
 def make_vae(args, state):
     """The tokenizer to begin with: as a run left it, a new one, or that of a file."""
     if state:
-        return VQVAE.from_state_dict(state['vae'], args.sides)
+        with attempt('cannot resume', 'ckpt.pt was trained with another --size or other scales'):
+            return VQVAE.from_state_dict(state['vae'], args.sides)
     if args.tokenizer == 'train':
-        vae = VQVAE(args.sides, **args.network)
+        vae = VQVAE(args.sides, **args.network)                     # a network of PRESETS
         # With all codes zero, the first residuals, from which the codes are drawn, are f itself.
         vae.quantize.embedding.weight.zero_()
         return vae
@@ -579,7 +586,7 @@ def main():
                      sampling=args.sampling, vae=vae.state_dict(), optimizer=None,
                      stage='tokenizer' if args.tokenizer == 'train' else 'transformer')
         if ckpt.exists() and rank == 0:
-            ckpt.replace(args.out / 'ckpt.previous.pt')
+            ckpt.replace(args.out / 'ckpt.previous.pt')             # nothing that existed is lost
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (vae, var)]
@@ -592,8 +599,8 @@ def main():
               f'{args.batch} pictures a step on {world} x {device}, {kind}', flush=True)
     if state['stage'] == 'tokenizer':
         train_stage(TokenizerStage(args, vae, train, val).to(device), args, state)
-        state.update(stage='transformer', step=0, optimizer=None)
-    vae.eval().requires_grad_(False)
+        state.update(stage='transformer', step=0, optimizer=None)   # what --resume goes on with
+    vae.eval().requires_grad_(False)                # stage 2 of Fig. 4: the tokenizer is frozen
     with precision(device):
         maps = [tokenize(vae, pictures, args) for pictures in (train, val)]
     train_stage(TransformerStage(args, vae, var, *maps), args, state)
