@@ -49,6 +49,8 @@ def attempt(what, otherwise):
             warnings.simplefilter('ignore')                    # the user gets one line, or none
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             yield                                              # the body of the with statement
+    except Problem:
+        raise
     except Exception as e:
         raise Problem(f'{what}: {getattr(e, "strerror", None) or otherwise}') from None
 
@@ -64,9 +66,10 @@ def run(main):
     except (Problem, OSError) as e:
         message = e
     except (RuntimeError, MemoryError) as e:
-        if 'memory' not in f'{type(e)} {e}'.lower():           # torch has several errors for it
+        names = 'OutOfMemory', 'allocate memory', 'MemoryError'        # CUDA's, the CPU's, numpy's
+        if not any(name in f'{type(e)} {e}' for name in names):
             raise
-        message = 'out of memory: a smaller --batch or, in training, a larger --accumulate may fit'
+        message = 'out of memory: in training, a smaller --batch or a larger --accumulate may fit'
     print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -81,6 +84,8 @@ def pick_device(name=None):
     with attempt(f'--device {name}', 'torch knows no such device, or this machine has none'):
         device = torch.device(f'cuda:{rank}' if name == 'cuda' else name)
         torch.zeros(1, device=device)                          # only use shows whether it is there
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)                      # for the collectives
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return device
@@ -92,8 +97,8 @@ def rank_and_world():
 def precision(device):
     """bfloat16 autocast where the processor computes in it natively: four times as fast as float32
     on a CPU with AMX. Where it does not, bfloat16 is the slower of the two."""
-    native = (torch.cuda.is_bf16_supported() if device.type == 'cuda' else device.type == 'cpu'
-              and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)())
+    native = (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == 'cuda' else
+              device.type == 'cpu' and getattr(torch.cpu, '_is_avx512_bf16_supported', bool)())
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 def write_whole(path, write):
@@ -214,21 +219,20 @@ def new_places(args, P, size):
     By --box, y0,x0,y1,x1 in fractions, or by --mask, a picture whose white is new; with --outside
     all else is. Raises Problem where that leaves nothing to keep or nothing to draw.
     """
-    if args.mask:            # one white pixel makes a place new: nothing of what it covers is left
+    pixels, s = np.zeros((size, size), dtype=bool), size // P
+    if args.mask:
         pixels = crop(open_picture(args.mask, size), size)[..., 0] > 127
-        new = pixels.reshape(P, size // P, P, size // P).any((1, 3))
-    else:
-        new = np.zeros((P, P), dtype=bool)
-        for box in args.box:
-            with attempt(f'--box {box}', 'y0,x0,y1,x1, fractions with 0 <= y0 < y1 <= 1, also x'):
-                y0, x0, y1, x1 = (float(v) for v in box.split(','))
-                if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-                    raise ValueError
-            new[round(y0 * P):round(y1 * P), round(x0 * P):round(x1 * P)] = True
-        pixels = new.repeat(size // P, 0).repeat(size // P, 1)
+    for box in args.box:                                       # whole places, as in the release
+        with attempt(f'--box {box}', 'y0,x0,y1,x1, fractions with 0 <= y0 < y1 <= 1, also x'):
+            y0, x0, y1, x1 = (float(v) for v in box.split(','))
+            if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+                raise ValueError
+        pixels[round(y0 * P) * s:round(y1 * P) * s, round(x0 * P) * s:round(x1 * P) * s] = True
+    pixels = pixels ^ args.outside
+    new = pixels.reshape(P, s, P, s).any((1, 3))               # with one new pixel all of it is new
     if new.all() or not new.any():
         raise Problem(f'--box or --mask: 1 to {P * P - 1} of the {P} x {P} places must be new')
-    return (~new, ~pixels) if args.outside else (new, pixels)
+    return new, pixels
 
 def likelihood_ratio(vae, var, tokens, labels):
     """log p(tokens | class) - log p(tokens | no class), (B,): how well the class explains them."""
@@ -237,26 +241,27 @@ def likelihood_ratio(vae, var, tokens, labels):
                     for y in (labels, torch.full_like(labels, var.num_classes)))
     return told - untold
 
+@torch.no_grad()
 def draw(vae, var, labels, seed, rounds=1, classifier=None, **options):
     """VAR.generate with rejection: of `rounds` pictures for each label (B,) the best is kept.
 
     The judge is a classifier, images (B, 3, H, W) in [0, 1] -> logits (B, classes), or, with none,
     the likelihood ratio of class to no class. Returns images, K token maps. Table 1, VAR-d30-re.
     """
-    kept, best = None, torch.full((len(labels),), -torch.inf, device=labels.device)
+    draws, scores = [], []
     for r in range(rounds):
         images, tokens = var.generate(vae, labels, seed=seed + r, return_tokens=True, **options)
-        if rounds == 1:
-            return images, tokens
-        if classifier is None:
-            score = likelihood_ratio(vae, var, tokens, labels)                          # (B,)
-        else:
+        draws.append((images, *tokens))
+        if rounds > 1 and classifier is None:
+            scores.append(likelihood_ratio(vae, var, tokens, labels))           # (B,)
+        elif classifier:
             with attempt('--classifier', f'does not take {tuple(images.shape)}, or lacks a class'):
-                score = classifier(images).log_softmax(-1).gather(1, labels[:, None])[:, 0]
-        better, best = score > best, torch.maximum(score, best)
-        kept = [torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
-                for new, old in zip((images, *tokens), kept or (images, *tokens))]
-    return kept[0], kept[1:]
+                scores.append(classifier(images).log_softmax(-1).gather(1, labels[:, None])[:, 0])
+    if rounds == 1:
+        return images, tokens
+    best, all_of = torch.stack(scores).argmax(0), torch.arange(len(labels))     # (B,)
+    images, *tokens = (torch.stack(each)[best, all_of] for each in zip(*draws))
+    return images, tokens
 
 def parse(options, doc):
     """What the command line gives of a dataclass of options, as a dict; defaults are not in it.
@@ -298,15 +303,19 @@ class Options:
     paste: bool = False                 # put the photograph's own pixels back where it is kept
     device: str = None                  # cuda, mps or cpu; the best there is if not given
 
+@torch.no_grad()
 def main():
     """The command line: draws what it asks for, fifty pictures at a time, and writes it.
 
-    Each fifty have a seed and a file of their own, so that any number fits into the memory, several
-    processes share the work, and the same command goes on where it was interrupted.
+    Each fifty have a seed and a file of their own, so that several processes share the work, and
+    the same command goes on where it was interrupted.
     """
     args = Options(**parse(Options, __doc__))
-    if min(args.n, args.reject, 1 + (args.top_k or 0)) < 1 or not 0 <= (args.top_p or 0) <= 1:
-        raise Problem('--n and --reject start at 1, --top-k at 0; --top-p is between 0 and 1')
+    if min(args.n, args.reject, 1 + (args.top_k or 0), 1 + args.seed) < 1 or (
+            not 0 <= (args.top_p or 0) <= 1):
+        raise Problem('--n and --reject start at 1, --top-k and --seed at 0; --top-p is 0 to 1')
+    if args.edit and args.reject > 1 and not args.cls:
+        raise Problem('--reject keeps what looks most like a class: name it by --cls')
     if not args.edit and (args.box or args.mask or args.outside or args.paste):
         raise Problem('--box, --mask, --outside and --paste need a photograph: --edit')
     device, (rank, world) = pick_device(args.device), rank_and_world()

@@ -173,7 +173,6 @@ def test_training_moves_every_weight_and_keeps_codes_alive():
     (F.mse_loss(rebuilt, images) + loss).backward()
     still = [n for n, p in vae.named_parameters() if p.requires_grad and (
         p.grad is None or not p.grad.abs().sum() > 0)]
-    # A bias in front of a normalisation, or of a softmax's keys, may be without effect.
     # Three scales use three of the four phi. Biases before a normalisation may be without effect.
     idle = f'qresi_ls.{min({*range(4)} - {*vae.quantize.phi_of_scale})}'
     assert all(n.endswith('.bias') or idle in n for n in still), still
@@ -659,7 +658,7 @@ def test_two_processes_train_to_the_losses_of_one_and_a_kill_changes_nothing(tra
         assert all(torch.equal(v, ends['killed'][part][k]) for k, v in ends['one'][part].items())
     one, two = ([line.split(',') for line in (tmp_path / name / 'log.csv').read_text().splitlines()]
                 for name in ('one', 'two'))
-    assert [row[:2] + row[3:4] for row in one] == [row[:2] + row[3:4] for row in two] and len(one) > 60
+    assert [row[:2] + row[3:4] for row in one] == [row[:2] + row[3:4] for row in two] and len(one) > 25
     for a, b in zip(one, two):
         assert float(a[4]) == pytest.approx(float(b[4]), rel=1e-3, abs=1e-4), (a, b)
 
@@ -676,7 +675,15 @@ def test_eval(trained, monkeypatch, capsys, tmp_path):
     val = np.stack([sample.crop(sample.open_picture(f, 32), 32, min(36, Image.open(f).size[1])) for f in val[0]])
     psnr = np.mean([-10 * np.log10(((a / 255. - b / 255.) ** 2).mean()) for a, b in zip(val, rebuilt)])
     assert float(said.split('PSNR ')[1].split()[0]) == pytest.approx(psnr, abs=0.1)
-    assert 'loss 6' in said and 'error last' in said and 'bits an image' in said
+    assert 'loss 6' in said and 'error last' in said
+    vae, _, _ = sample.load_models(trained / 'ckpt.pt')
+    with torch.no_grad(), sample.precision(torch.device('cpu')):
+        maps = vae.encode(sample.to_tensor(val))
+    bits = 0
+    for r_k in maps:
+        share = r_k.unique(return_counts=True)[1] / r_k.numel()
+        bits += -(share * share.log2()).sum().item() * r_k.shape[1]
+    assert float(said.split('bits an image ')[1].split()[0]) == pytest.approx(bits, abs=1)
 
 
 def test_ssim_against_its_definition():
@@ -787,7 +794,7 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
         (sample, ['--ckpt', 'var.pth'], 'add --tokenizer'), (sample, ['--ckpt', 'vae.pth'], 'tokenizer only'),
         (sample, ['--ckpt', 'var.pth', '--tokenizer', trained / 'ckpt.pt'], ''),
         (sample, [*ckpt, '--cls', 'cow'], 'no such class'), (sample, [*ckpt, '--cls', 2], 'no such class'),
-        (sample, [*ckpt, '--top-p', 2], 'between'), (sample, [*ckpt, '--n', 0], 'start at'),
+        (sample, [*ckpt, '--top-p', 2], '0 to 1'), (sample, [*ckpt, '--n', 0], 'start at'),
         (sample, [*ckpt, '--n', 1, '--out', 'a.xyz'], 'kind of picture'),
         (sample, [*ckpt, '--n', 1, '--out', trained / 'log.csv' / 'a.png'], 'cannot write'),
         (sample, [*ckpt, '--edit', 'nothing.jpg', '--box', '0,0,.5,.5'], 'nothing.jpg'),

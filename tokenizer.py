@@ -193,8 +193,8 @@ class Quantizer(nn.Module):
         hits, codes, d = self.ema_vocab_hit_SV, self.embedding.weight, decay
         (K, V), device = hits.shape, codes.device
         sizes = torch.tensor(self.patch_nums, device=device) ** 2
-        scale = torch.arange(K, device=device).repeat_interleave(sizes)                     # (L,)
-        n = torch.bincount((scale * V + tokens).flatten(), minlength=K * V).view(K, V)
+        maps = tokens.split(sizes.tolist(), dim=1)                                          # K
+        n = torch.stack([r_k.flatten().bincount(minlength=V) for r_k in maps])              # (K, V)
         s = torch.zeros_like(codes).index_add_(0, tokens.flatten(), vectors.flatten(0, 1))
         before = d * hits.sum(0)                                                            # (V,)
         hits.copy_(d * hits + (1 - d) * n)

@@ -9,8 +9,8 @@
 
 Paper: equation (5) and Section 3.2 for stage 1, Fig. 4 and Section 4 for stage 2.
 All that is random is a function of the seed and of a place in the run, and is drawn for the whole
-batch, of which a process takes its part. So a run that was killed and resumed ends with the same
-bits as one that was not, and N processes train to the losses of one.
+batch, of which a process takes its part. So a run that was killed and resumed ends, on a CPU, with
+the same bits as one that was not, and N processes train to the losses of one.
 B pictures a step, L tokens of all scales, l of one, K scales, V codes, N pictures in a set.
 """
 import os
@@ -111,12 +111,17 @@ def settings():
     kind = size if size > 32 else 'shapes' if given['data'] == 'shapes' else given['device'].type
     args = Options(**PRESETS.get(kind, SMALL) | given)
     args.lr = args.lr or 1e-4 * args.batch / 256                # Section 4
+    if args.tokenizer == 'official':
+        args.tokenizer = str(fetch(*VAE))
     args.sides = [int(p) for p in args.patch_nums.split(',') if p.isdecimal()]
     last = size // 2 ** (len(args.network['ch_mult']) - 1)      # the side of the latent, P
-    if min(args.depth, args.batch, args.accumulate, args.steps + 1, args.tokenizer_steps + 1) < 1:
-        raise Problem('--depth, --batch and --accumulate start at 1, the steps at 0')
+    if min(args.depth, args.batch, args.accumulate, 1 + min(
+            args.steps, args.tokenizer_steps, args.seed, args.workers)) < 1:
+        raise Problem('--depth, --batch and --accumulate start at 1; steps, seed, workers at 0')
     if args.batch % (rank_and_world()[1] * args.accumulate):
         raise Problem(f'--batch {args.batch} is no multiple of processes times --accumulate')
+    if args.eval and rank_and_world()[1] > 1:
+        raise Problem('--eval is the work of one process')
     if sorted({*args.sides} - {0}) != args.sides or args.sides[-1:] != [last]:
         raise Problem(f'--patch-nums {args.patch_nums}: rising, to {last} at {size} px')
     return args, state
@@ -159,7 +164,7 @@ def shapes(n, size=32, seed=0):
 def fetch(address, sha256, folder=Path('data')):
     """The file in folder, downloaded first if it is not there; kept if its checksum is right."""
     path = folder / address.split('/')[-1]
-    if not path.exists() and rank_and_world()[0] == 0:
+    if not path.exists() and os.environ.get('LOCAL_RANK', '0') == '0':      # one a machine
         folder.mkdir(parents=True, exist_ok=True)
         with attempt(f'cannot fetch {address}', f'no network or other content: bring it to {path}'):
             torch.hub.download_url_to_file(address, str(path), sha256, sys.stderr.isatty())
@@ -206,9 +211,11 @@ def picture_folder(root):
 
     root, endings = Path(root), Image.registered_extensions()
     everything = pictures('train/*/*') or pictures('*/*') or pictures('*')      # one class
-    number = {name: i for i, name in enumerate(sorted({f.parent.name for f in everything}))}
-    groups = [[f for f in everything if f.parent.name == name] for name in number]
-    held_out = [f for group in groups for f in group[9::10] or group[1:2]]
+    groups = {}
+    for f in everything:
+        groups.setdefault(f.parent.name, []).append(f)
+    number = {name: i for i, name in enumerate(sorted(groups))}
+    held_out = [f for group in groups.values() for f in group[9::10] or group[1:2]]
     val = pictures('val/*/*') or held_out or everything[9::10] or everything[1:2]
     train = sorted({*everything} - {*val})              # sorted: the same on every machine
     if not train or not val:
@@ -217,6 +224,10 @@ def picture_folder(root):
         raise Problem(f'{root / "val"}: class {min(unknown)} is not in train')
     train, val = ((x, np.array([number[f.parent.name] for f in x])) for x in (train, val))
     return train, val, list(number)
+
+def deaf(worker):
+    """Keeps Ctrl-C, and torchrun's signal to the whole group, from processes that read pictures."""
+    getattr(os, 'setpgrp', bool)()
 
 class Pictures:
     """A set of pictures, as arrays or paths, and their labels. One is asked for as (index, draw):
@@ -245,7 +256,7 @@ class Pictures:
     def load(self, batches, workers=0):
         """For each list of requests: pictures (B, size, size, 3), indices (B,). Names bad files."""
         for items in torch.utils.data.DataLoader(self, batch_sampler=batches, collate_fn=list,
-                                                 num_workers=workers):
+                                                 num_workers=workers, worker_init_fn=deaf):
             pictures, indices, bad = zip(*items)                                # B of each
             for why in sorted({*sum(bad, [])} - self.named):
                 self.named.add(why)
@@ -272,18 +283,18 @@ def order(n, args, start, stop):
 
 def read_data(args):
     """Pictures to train on, Pictures to validate on, and the names of the classes of --data."""
-    path = cifar10_path('data' if args.data == 'cifar10' else args.data)
+    path = fetch(*CIFAR10) if args.data == 'cifar10' else cifar10_path(args.data)
     if args.data == 'shapes':
         train, val, classes = shapes(8000, args.size, 1), shapes(1000, args.size, 2), [*SHAPES]
-    elif args.data == 'cifar10' or path:
-        train, val, classes = cifar10(path or fetch(*CIFAR10))
+    elif path:
+        train, val, classes = cifar10(path)
     else:
         train, val, classes = picture_folder(args.data)
     return Pictures(*train, args.size, args.flip), Pictures(*val, args.size), classes
 
 @torch.no_grad()
 def tokenize(vae, pictures, args):
-    """All token maps of a set, once, (N, L) int16, with labels (N,): the encoder never runs again.
+    """All token maps of a set, once, (N, L) int16, with labels (N,): no step runs the encoder.
 
     With its mirror images, where pictures are flipped. Those that cannot be read are left out.
     """
@@ -307,9 +318,9 @@ def tokenize(vae, pictures, args):
 def ssim(a, b):
     """Structural similarity of pictures (B, 3, H, W) in [0, 1], Wang et al. 2004: (B,).
 
-    Gaussian window of 11 pixels, sigma 1.5; in float64, as variances are small differences.
+    On the CPU. Gaussian window of 11 pixels, sigma 1.5; float64, as variances are differences.
     """
-    g = (-torch.arange(-5, 6, device=a.device).double() ** 2 / 4.5).exp()
+    g = (-torch.arange(-5, 6).double() ** 2 / 4.5).exp()
     window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
     x, y, xx, yy, xy = (F.conv2d(t.double(), window, groups=3) for t in (a, b, a * a, b * b, a * b))
     alike = (2 * x * y + 1e-4) * (2 * (xy - x * y) + 9e-4)
@@ -327,14 +338,14 @@ def grade_tokenizer(vae, pictures, args, n):
     for batch, _ in pictures.load(pictures.middles(n), args.workers):
         images = to_tensor(batch.to(args.device))                               # (B, 3, H, W)
         tokens = vae.encode(images)                                             # K of (B, l)
-        a, b = images / 2 + 0.5, vae.decode(tokens) / 2 + 0.5                   # in [0, 1]
+        a, b = (x.cpu() / 2 + 0.5 for x in (images, vae.decode(tokens)))        # in [0, 1]
         psnr = -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()  # (B,)
-        scores.append(torch.stack([psnr, ssim(a, b), (a - b).abs().mean((1, 2, 3))]).cpu())
+        scores.append(torch.stack([psnr, ssim(a, b), (a - b).abs().mean((1, 2, 3))]))
         hits += torch.stack([r_k.flatten().bincount(minlength=V) for r_k in tokens]).cpu()
         rebuilt.append(to_uint8(b))
     psnr, similar, l1 = torch.cat(scores, dim=1).mean(1).tolist()               # means of (3, n)
-    usage = (hits > 0).sum(1) / (hits[0].sum() * l).clamp_max(V)                # (K,)
-    bits = l @ torch.special.entr(hits / hits.sum(1, keepdim=True)).sum(1).div(np.log(2)).long()
+    usage = (hits > 0).sum(1) / hits.sum(1).clamp_max(V)                        # (K,)
+    bits = (l[:, None] * torch.special.entr(hits / hits.sum(1, keepdim=True))).sum() / np.log(2)
     return {'PSNR': psnr, 'SSIM': similar, 'L1': l1, 'codes used': (hits.sum(0) > 0).sum().item(),
             'of': V, 'bits a token': bits.item() / l.sum().item(), 'bits an image': bits.item(),
             **{f'usage {k}': u for k, u in enumerate(usage.tolist(), 1)}}, np.concatenate(rebuilt)
@@ -441,10 +452,9 @@ class TransformerStage(nn.Module):
 
     def evaluate(self):
         """Figures on a thousand pictures; draws eight of each of the first ten classes."""
-        classes = min(10, self.var.num_classes)
-        images = self.var.generate(self.vae, torch.arange(classes).repeat_interleave(8), seed=0,
-                                   **self.args.sampling)
-        save_grid(self.args.out / 'samples.png', np.split(to_uint8(images), classes))
+        rows = [self.var.generate(self.vae, [c] * 8, seed=c, **self.args.sampling)
+                for c in range(min(10, self.var.num_classes))]
+        save_grid(self.args.out / 'samples.png', [to_uint8(row) for row in rows])
         tokens, labels = (x[::max(1, len(x) // 1000)][:1000] for x in self.val_set)
         return grade_transformer(self.vae, self.var, tokens, labels, self.args.device)
 
@@ -455,7 +465,7 @@ def learning_rate(progress):
     return min(0.005 + 0.995 * progress / 0.02, 1 - 0.99 * max(0, progress - 0.05) / 0.95)
 
 def make_optimizer(stage):
-    """AdamW; no decay on biases, gains, positions, scale embeddings, AdaLN, attention offsets."""
+    """AdamW; no decay on biases, gains, positions, scale embeddings, AdaLN offsets, q scales."""
     groups = {0.05: [], 0.: []}
     for name, p in stage.named_parameters():
         free = p.ndim < 2 or any(s in name for s in ('pos_', 'lvl_embed', 'ada_gss', 'scale_mul'))
@@ -469,7 +479,7 @@ def show(name, figures, *more):
 def train_stage(stage, args, state):
     """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step."""
     (rank, world), B, start = rank_and_world(), args.batch, state['step']
-    optimizer, every = make_optimizer(stage), max(1, stage.steps // 5)
+    optimizer, every = make_optimizer(stage), stage.steps // 5 or max(1, stage.steps)
     learned = {n: m for n, m in stage.named_children() if n in ('vae', 'var', 'disc')}  # not VGG
     if state['optimizer']:
         with attempt('cannot resume', 'ckpt.pt was trained with another --depth or other scales'):
@@ -520,7 +530,7 @@ def train_stage(stage, args, state):
                 loss, figures, usage = model(*part)
             (loss / args.accumulate).backward()     # the mean over parts is that of the batch
             usages.append(usage)
-        weights = [p for group in optimizer.param_groups for p in group['params']]      # not vae's
+        weights = [p for group in optimizer.param_groups for p in group['params']]      # no other
         finite = torch.nn.utils.clip_grad_norm_(weights, 2.0).isfinite()
         skipped = 0 if finite else skipped + 1
         if finite:
@@ -541,16 +551,14 @@ def train_stage(stage, args, state):
 
 def make_vae(args, state):
     """The tokenizer to begin with: as a run left it, a new one, or that of a file."""
-    if state:
-        with attempt('cannot resume', 'ckpt.pt was trained with another --size or other scales'):
-            return VQVAE.from_state_dict(state['vae'], args.sides)
-    if args.tokenizer == 'train':
+    if not state and args.tokenizer == 'train':
         vae = VQVAE(args.sides, **args.network)                     # a network of PRESETS
         # With all codes zero, the first residuals, from which the codes are drawn, are f itself.
         vae.quantize.embedding.weight.zero_()
         return vae
-    source = fetch(*VAE) if args.tokenizer == 'official' else args.tokenizer
-    vae = VQVAE.from_state_dict(load_models(source)[0].state_dict(), args.sides)
+    source = 'ckpt.pt' if state else args.tokenizer
+    with attempt(source, f'no tokenizer for --patch-nums {args.patch_nums}'):
+        vae = VQVAE.from_state_dict((state or read_weights(source))['vae'], args.sides)
     if vae.image_size != args.size:
         raise Problem(f'{source} makes {vae.image_size} px of --patch-nums {args.patch_nums}, '
                       f'not --size {args.size}')
@@ -559,7 +567,7 @@ def make_vae(args, state):
 def grade(args):
     """--eval: prints what the models of a checkpoint make of the validation set of --data, and
     writes the reconstructions for the field's evaluators, reconstructions.npz."""
-    vae, var, ckpt = load_models(args.eval, None if args.tokenizer == 'train' else args.tokenizer)
+    vae, var, _ = load_models(args.eval, None if args.tokenizer == 'train' else args.tokenizer)
     args.size, vae = vae.image_size, vae.to(args.device)
     _, val, classes = read_data(args)
     with precision(args.device):
@@ -580,13 +588,14 @@ def main():
     torch.manual_seed(args.seed)
     vae = make_vae(args, state).to(device)
     var = VAR(args.sides, args.depth, len(classes), *vae.quantize.embedding.weight.shape).to(device)
+    config = {k: v for k, v in vars(args).items() if k not in (*MACHINE, 'sides')}
     if not state:
-        config = {k: v for k, v in vars(args).items() if k not in (*MACHINE, 'sides')}
         state = dict(version=VERSION, config=config, classes=classes, patch_nums=args.sides, step=0,
                      sampling=args.sampling, vae=vae.state_dict(), optimizer=None,
                      stage='tokenizer' if args.tokenizer == 'train' else 'transformer')
         if ckpt.exists() and rank == 0:
             ckpt.replace(args.out / 'ckpt.previous.pt')             # nothing that existed is lost
+    state['config'] = config                            # with what was changed on the command line
     args.out.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (vae, var)]

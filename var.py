@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cache):
         """x (B, l, w) of one scale with a cache, or (B, L, w) of all scales with the mask (L, L).
-        cache: a list, [] at first, then [keys, values] of the scales so far, (B, h, ., 64) each."""
+        cache: a list of (keys, values), one pair a scale, (B, h, l, 64) each."""
         B, l, w = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.heads, -1)
@@ -79,10 +79,9 @@ class Attention(nn.Module):
         else:
             q = q / (4 * math.sqrt(q.shape[-1]))        # the ablation of Table 3, as it was run
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache:
-            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
         if cache is not None:
-            cache[:] = k, v
+            cache.append((k, v))
+            k, v = (torch.cat(scales, dim=2) for scales in zip(*cache))
         mask = None if mask is None else mask.to(q.dtype)
         if torch.is_grad_enabled() and not x.is_cuda:
             # Backward through the fused attention is 6 times slower on a CPU (d4, L 130, bfloat16).
