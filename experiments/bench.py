@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import pick_device, precision                                  # noqa: E402
+from sample import pick_device, precision, ready                           # noqa: E402
 from tokenizer import VQVAE                                                # noqa: E402
 from var import VAR                                                        # noqa: E402
 
@@ -52,7 +52,7 @@ def main():
     seconds = median_seconds(train, device, 3)
     print(f'training d6, 256 px, batch {batch}: {seconds / batch:.3f} s an image, forward and backward')
 
-    var = VAR(depth=16).to(device).eval()
+    var = ready(VAR(depth=16).eval(), device)
 
     def sample():
         with precision(device):
