@@ -345,6 +345,7 @@ def test_label_dropout_and_stochastic_depth_belong_to_training():
         nobody = var(torch.tensor([5]), x[:1], torch.ones(1, 5))[0]
         c, d = var.eval()(labels, x, noise)
         assert torch.equal(c, d) and not torch.equal(a, b)
+        torch.testing.assert_close(a, nobody, atol=1e-4, rtol=1e-4)
         # A branch that is dropped adds nothing, one that is kept adds 1 / (1 - rate) of itself.
         block, h, zero, one = var.blocks[1], torch.randn(1, 3, 128), torch.zeros(1, 1, 128), torch.ones(1, 1, 128)
         for gates in (one, zero), (zero, one):

@@ -596,7 +596,7 @@ def main():
     var = VAR(args.sides, args.depth, len(classes), *vae.quantize.embedding.weight.shape).to(device)
     config = {k: v for k, v in vars(args).items() if k not in (*MACHINE, 'sides')}
     if not state:
-        state = dict(version=VERSION, config=config, classes=classes, patch_nums=args.sides, step=0,
+        state = dict(version=VERSION, classes=classes, patch_nums=args.sides, step=0,
                      sampling=args.sampling, vae=vae.state_dict(), optimizer=None,
                      stage='tokenizer' if args.tokenizer == 'train' else 'transformer')
         if ckpt.exists() and rank == 0:

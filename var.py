@@ -262,7 +262,7 @@ class VAR(nn.Module):
         KeyError or RuntimeError if it is none."""
         sides = sd['lvl_1L'].flatten().bincount().sqrt().long().tolist()
         depth = sum(name.endswith('.attn.mat_qkv.weight') for name in sd)
-        (V, _), (w, z) = sd['head.weight'].shape, sd['word_embed.weight'].shape
+        (V, _), (_, z) = sd['head.weight'].shape, sd['word_embed.weight'].shape
         var = cls(sides, depth, len(sd['class_emb.weight']) - 1, V, z,
                   'shared_ada_lin.1.weight' in sd, 'blocks.0.attn.scale_mul_1H11' in sd)
         var.load_state_dict(sd)
