@@ -169,6 +169,9 @@ def test_which_phi_serves_which_scale(K, share):
 
 def test_training_moves_every_weight_and_keeps_codes_alive():
     vae, images = VQVAE((1, 2, 4), 32, 8, 32, (1, 2)), torch.rand(16, 3, 8, 8) * 2 - 1
+    for name, p in vae.named_parameters():                     # branches that start at 0 hide weights
+        if name.endswith(('conv2.weight', 'proj_out.weight')):
+            torch.nn.init.normal_(p, std=0.1)
     rebuilt, loss, _ = vae(images)
     (F.mse_loss(rebuilt, images) + loss).backward()
     still = [n for n, p in vae.named_parameters() if p.requires_grad and (
@@ -349,9 +352,9 @@ def test_label_dropout_and_stochastic_depth_belong_to_training():
         # A branch that is dropped adds nothing, one that is kept adds 1 / (1 - rate) of itself.
         block, h, zero, one = var.blocks[1], torch.randn(1, 3, 128), torch.zeros(1, 1, 128), torch.ones(1, 1, 128)
         for gates in (one, zero), (zero, one):
-            branch = block(h, (*gates, zero, zero, zero, zero)) - h
+            branch = block(h, (*gates, zero, zero, zero, zero), [3]) - h
             for draw, share in (0.001, 0), (0.5, 1 / (1 - 0.1 * 2 / 24)):
-                dropped = block(h, (*gates, zero, zero, zero, zero), noise=torch.full((1, 2), draw)) - h
+                dropped = block(h, (*gates, zero, zero, zero, zero), [3], noise=torch.full((1, 2), draw)) - h
                 torch.testing.assert_close(dropped, branch * share)
 
 

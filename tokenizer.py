@@ -212,18 +212,34 @@ class VQVAE(nn.Module):
     """The tokenizer. patch_nums: the sides of the scales, in latent positions; the rest: its sizes.
 
     Images (B, 3, H, W) in [-1, 1], H = W = image_size; tokens: a list of K int64 maps (B, l).
-    The defaults are the released network (109 M); res_blocks is always 2 in released ones.
+    The defaults are the released network (109 M). In released ones res_blocks is 2 and normalise
+    on. A small network learns far faster without: 60 s of autoencoding CIFAR-10 end at 20 dB with
+    group normalisation, which makes it hard to tell how bright a place is, and at 25 dB without.
     """
     def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096, z_channels=32,
-                 ch=160, ch_mult=(1, 1, 2, 2, 4), share_quant_resi=4, res_blocks=2):
+                 ch=160, ch_mult=(1, 1, 2, 2, 4), share_quant_resi=4, res_blocks=2, normalise=True):
         super().__init__()
         self.patch_nums, z = tuple(patch_nums), z_channels
         self.image_size = patch_nums[-1] * 2 ** (len(ch_mult) - 1)
         self.encoder = make_encoder(ch, ch_mult, z, res_blocks)
         self.decoder = make_decoder(ch, ch_mult, z, res_blocks)
-        self.quantize = Quantizer(patch_nums, vocab_size, z, share_quant_resi)
         self.quant_conv, self.post_quant_conv = conv3(z, z), conv3(z, z)
+        self.init_weights(normalise)
+        self.quantize = Quantizer(patch_nums, vocab_size, z, share_quant_resi)
         self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def init_weights(self, normalise):
+        """Convolutions keep the variance of what they get, and residual branches begin at 0: so
+        that a network without normalisation is stable, and one with it learns faster, too."""
+        for name, module in list(self.named_modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                nn.init.zeros_(module.bias)
+            if name.endswith(('conv2', 'proj_out')):
+                nn.init.zeros_(module.weight)
+            if isinstance(module, Norm) and not normalise:
+                self.set_submodule(name, nn.Identity())
 
     def latent(self, images):
         """f = E(im), equation (2): (B, z, P, P), float32."""
@@ -287,7 +303,7 @@ class VQVAE(nn.Module):
         convs = [n for n in sd if n.startswith('encoder.down.') and n.endswith('.conv1.weight')]
         ch_mult = {name.split('.')[2]: len(sd[name]) // ch for name in convs}       # of each level
         vae = cls(patch_nums, *sd['quantize.embedding.weight'].shape, ch, tuple(ch_mult.values()),
-                  share, len(convs) // len(ch_mult))
+                  share, len(convs) // len(ch_mult), 'encoder.norm_out.weight' in sd)
         hits = sd['quantize.ema_vocab_hit_SV']
         if len(hits) != len(patch_nums):            # counted at other scales: of no use at these
             sd = {**sd, 'quantize.ema_vocab_hit_SV': vae.quantize.ema_vocab_hit_SV}

@@ -1,65 +1,177 @@
-"""Times this code at the official sizes: training images/s, and a 256 px picture from noise to pixels.
+"""How fast this code is, on the machine that runs it: training, sampling, and VAR against raster-scan AR.
 
-    python experiments/bench.py                    # d6 training, d16 sampling, on the best device
+    python experiments/bench.py                             # under ten minutes on two cores
+    python experiments/bench.py --depths 16 20 24 --rival 16 --batch 32 --draw 1 16 64     # one large GPU
 
-No weights are needed: speed does not depend on them. Medians; matrix products are timed first, so
-that a figure can be read against what the machine does at that minute.
+No weights are needed: speed does not depend on them. Medians; matrix products are timed first and last, so
+that figures can be read against what the machine does in these minutes. Writes bench.csv and bench.png.
 """
+import csv
+import resource
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import pick_device, precision, ready                           # noqa: E402
-from tokenizer import VQVAE                                                # noqa: E402
-from var import VAR                                                        # noqa: E402
+from raster import Raster                                                   # noqa: E402
+from sample import parse, pick_device, precision, ready, run                # noqa: E402
+from tokenizer import VQVAE                                                 # noqa: E402
+from var import VAR                                                         # noqa: E402
+
+# n_k of about a^(k-1), as the paper's appendix has it, for the grids of 8, 16, 24 and 32 tokens a side.
+GRIDS = {8: (1, 2, 3, 4, 6, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+         24: (1, 2, 3, 4, 6, 8, 10, 13, 18, 24), 32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 
 
-def median_seconds(work, device, runs):
+@dataclass
+class Options:
+    """The options of the command line, as --name value."""
+    depths: list = ('2', '4', '6', '16')    # that are trained and sampled, at 256 px
+    batch: int = 4                      # pictures a step in training
+    draw: list = ('1', '8')             # pictures drawn at once
+    rival: int = 6                      # depth of VAR and of the raster-scan AR
+    grids: list = ('8', '16', '24', '32')   # tokens a side in that comparison
+    out: Path = Path('.')               # folder of bench.csv and bench.png
+    device: str = None                  # cuda, mps or cpu; the best there is if not given
+
+
+def seconds(work, device, runs=3, warm=1):
+    """The median time of a call; the first ones, which allocate, do not count."""
     times = []
-    for _ in range(runs + 1):                                              # the first one warms up
+    for _ in range(warm + runs):
         start = time.perf_counter()
         work()
         if device.type == 'cuda':
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[warm:])
+
+
+def product_rate(device, dtype):
+    """FLOP a second of a matrix product of 4096."""
+    a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
+    return 2 * 4096 ** 3 / seconds(lambda: a @ b, device, 5)
+
+
+def memory(device):
+    """The most memory that the process, or on a GPU its tensors, ever had: GiB."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'linux' else 30)
+
+
+def training(vae, d, given, device, rate):
+    """One step's forward and backward, tokens given: seconds an image, share of the matrix rate."""
+    var = VAR(depth=d).to(device).train()
+    tokens = [torch.randint(4096, (given.batch, p * p), device=device) for p in var.patch_nums]
+    labels, x = torch.randint(1000, (given.batch,), device=device), vae.var_input(tokens)
+
+    def step():
+        with precision(device):
+            logits = var(labels, x)
+            loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(tokens, dim=1).flatten())
+        loss.backward()
+        var.zero_grad()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    taken = seconds(step, device)
+    return taken / given.batch, counter.get_total_flops() / taken / rate
+
+
+def drawing(vae, d, B, device):
+    """Seconds for B pictures of 256 px as the release draws them: all of it, and its decoder alone."""
+    var = ready(VAR(depth=d).eval(), device)
+    f_hat = torch.randn(B, 32, 16, 16, device=device)
+
+    def all_of_it():
+        with precision(device):
+            var.generate(vae, torch.arange(B), cfg=1.5, top_k=900, top_p=0.96, seed=0)
+
+    def decoder():
+        with precision(device), torch.no_grad():
+            vae.picture(f_hat)
+
+    return seconds(all_of_it, device), seconds(decoder, device)
+
+
+def rivals(d, n, device):
+    """Seconds for one grid of n x n tokens at depth d, guided: by VAR, and by cached raster-scan AR."""
+    times = []
+    for kind in 'VAR', 'raster':
+        vae = VQVAE(GRIDS[n] if kind == 'VAR' else (n,), ch=32, ch_mult=(1,)).to(device).eval()
+        vae.picture = lambda f_hat: f_hat                       # the decoder has no part in this
+        source = vae if kind == 'VAR' else Raster(vae)
+        var = ready(VAR(GRIDS[n] if kind == 'VAR' else source.sides, depth=d).eval(), device)
+
+        def generate():
+            with precision(device), torch.no_grad():
+                var.generate(source, [0], cfg=1.5, top_k=900, top_p=0.96, seed=0)
+
+        runs = 3 if kind == 'VAR' or n <= 16 else 1
+        times.append(seconds(generate, device, runs, warm=runs // 3))
+    return times
 
 
 def main():
+    given = Options(**parse(Options, __doc__))
     torch.manual_seed(0)
-    device = pick_device(sys.argv[1] if len(sys.argv) > 1 else None)
-    print(f'{device}, torch {torch.__version__}, {torch.get_num_threads()} threads')
-    a, b = (torch.randn(4096, 4096, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = median_seconds(lambda: a @ b, device, 5)
-    print(f'bfloat16 matrix product: {2 * 4096 ** 3 / seconds / 1e9:.0f} GFLOP/s')
+    device, rows = pick_device(given.device), []
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+    print(f'{device} ({name}), torch {torch.__version__}')
 
-    vae, batch = VQVAE().to(device).eval().requires_grad_(False), 4
-    var = VAR(depth=6).to(device).train()
-    tokens = [torch.randint(4096, (batch, p * p), device=device) for p in var.patch_nums]
-    labels, x = torch.randint(1000, (batch,), device=device), vae.var_input(tokens)
+    def tell(what, **figures):
+        rows.extend((what, k, v) for k, v in figures.items())
+        print(f'{what}:', ', '.join(f'{v:.4g} {k}' for k, v in figures.items()), flush=True)
 
-    def train():
-        with precision(device):
-            logits = var(labels, x)
-        F.cross_entropy(logits.flatten(0, 1), torch.cat(tokens, dim=1).flatten()).backward()
-        var.zero_grad()
+    rate = product_rate(device, torch.bfloat16)
+    tell('matrix product', **{'GFLOP/s in bfloat16': rate / 1e9,
+                              'in float32': product_rate(device, torch.float32) / 1e9})
+    vae = VQVAE().to(device).eval().requires_grad_(False)
+    images = torch.rand(4, 3, 256, 256, device=device) * 2 - 1
+    with precision(device), torch.no_grad():
+        tokens = vae.encode(images)
+        tell('tokenizer, batch 4', **{'s an image to encode': seconds(lambda: vae.encode(images), device) / 4,
+                                      'to decode': seconds(lambda: vae.decode(tokens), device) / 4})
+    for d in map(int, given.depths):
+        each, share = training(vae, d, given, device, rate)
+        tell(f'training d{d}, batch {given.batch}', **{'s an image': each, 'images/s': 1 / each,
+             'of the matrix rate': share, 'GiB at most so far': memory(device)})
+    for d in map(int, given.depths[-1:]):
+        for B in map(int, given.draw):
+            whole, decoder = drawing(vae, d, B, device)
+            tell(f'sampling d{d}, batch {B}', **{'s': whole, 's of it in the decoder': decoder, 'images/s': B / whole})
+    grids = [int(n) for n in given.grids]
+    times = np.array([rivals(given.rival, n, device) for n in grids])                   # (grids, 2)
+    slopes = [np.polyfit(np.log(grids), np.log(column), 1)[0] for column in times.T]
+    for n, (ours, theirs) in zip(grids, times):
+        tell(f'{n}x{n} tokens, d{given.rival}', **{'s by VAR': ours, 's by raster-scan AR': theirs,
+                                                   'times as fast': theirs / ours})
+    tell('growth with the side n of the grid', **{'VAR: n to the': slopes[0], 'raster-scan AR: n to the': slopes[1]})
+    tell('matrix product, at the end', **{'GFLOP/s in bfloat16': product_rate(device, torch.bfloat16) / 1e9})
 
-    seconds = median_seconds(train, device, 3)
-    print(f'training d6, 256 px, batch {batch}: {seconds / batch:.3f} s an image, forward and backward')
-
-    var = ready(VAR(depth=16).eval(), device)
-
-    def sample():
-        with precision(device):
-            var.generate(vae, [284], cfg=1.5, top_k=900, top_p=0.96, seed=0)
-
-    print(f'sampling d16, 256 px, batch 1: {median_seconds(sample, device, 3):.2f} s, decoder included')
+    given.out.mkdir(parents=True, exist_ok=True)
+    with open(given.out / 'bench.csv', 'w', newline='') as f:
+        csv.writer(f).writerows([('what', 'unit', 'value'), *rows])
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for column, slope, label, ideal in zip(times.T, slopes, ('VAR', 'raster-scan AR, cached'), (4, 6)):
+        axis.loglog(grids, column, 'o-', label=f'{label}: n^{slope:.1f} (paper, without a cache: n^{ideal})')
+    axis.set(xlabel='tokens a side, n', ylabel=f'seconds a picture, d{given.rival}, without decoder', xticks=grids)
+    axis.set_xticklabels(grids)
+    axis.minorticks_off()
+    axis.legend()
+    figure.savefig(given.out / 'bench.png', dpi=80)
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

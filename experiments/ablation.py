@@ -1,0 +1,129 @@
+"""Table 3 at a size that anyone can run: what each of VAR's choices is worth.
+
+    python experiments/ablation.py                          # the built-in shapes, about ten minutes on a CPU
+    python experiments/ablation.py --data cifar10 --out ablation-cifar10
+
+Rows add up, as in the paper: raster-scan AR, VAR with plain LayerNorm, AdaLN, top-k, guidance, normalised
+queries and keys, a deeper model. All are trained on the same pictures with the same number of steps;
+each goes on after an interruption. Cost is the time of drawing a batch, of the raster-scan AR's. The judge is
+a small classifier that learns the data first (judge.py). Writes the table, ablation.md, and a sheet of samples, a row a row.
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train                                                                # noqa: E402
+from judge import Judge, everything, frechet                                # noqa: E402
+from raster import Raster                                                   # noqa: E402
+from sample import parse, pick_device, precision, read_weights, run, save_grid, to_uint8    # noqa: E402
+from tokenizer import VQVAE                                                 # noqa: E402
+from var import VAR                                                         # noqa: E402
+
+
+class PlainNorm(VAR):
+    """LayerNorm with gains, shifts and gates that are learned, but know nothing of the class: only the
+    start token tells it. (What the class would have chosen is AdaLN's bias; its matrices have no part.)"""
+    def modulations(self, condition):
+        blocks, head = super().modulations(torch.zeros_like(condition))
+        return [(1 + gamma1, 1 + gamma2, *rest) for gamma1, gamma2, *rest in blocks], head
+
+
+@dataclass
+class Options:
+    """The options of the command line, as --name value."""
+    data: str = 'shapes'                # as for train.py
+    depth: int = 3                      # of all rows but the last
+    deeper: int = 5                     # of the last
+    steps: int = 1000                   # of each transformer
+    tokenizer_steps: int = 900          # of both tokenizers, with several scales and with one
+    top_k: int = 40
+    cfg: float = 4.                     # guidance of the last scale
+    n: int = 50                         # samples a class
+    judge_steps: int = 400
+    out: Path = Path('ablation')        # folder of all that this makes
+    device: str = None                  # cuda, mps or cpu; the best there is if not given
+
+
+def stage_of(make, args, folder):
+    """Trains the stage that make() returns, or goes on with it, or finds it trained: its modules."""
+    args.out = folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'ckpt.pt'
+    state = dict(read_weights(path)) if path.exists() else dict(step=0, optimizer=None)
+    torch.manual_seed(args.seed)
+    stage = make()
+    train.train_stage(stage, args, state)                   # at its last step it only evaluates
+    return stage.eval().requires_grad_(False)
+
+
+def main():
+    given = Options(**parse(Options, __doc__))
+    device = pick_device(given.device)
+    preset = train.PRESETS['shapes'] if given.data == 'shapes' else train.SMALL
+    args = train.Options(**preset | dict(data=given.data, steps=given.steps, tokenizer_steps=given.tokenizer_steps))
+    args.device, args.workers = device, 0
+    *data, classes = train.read_data(args)
+    judge = Judge(len(classes)).learn(*everything(data[0], len(data[0].items)), given.judge_steps)
+    real, y = everything(data[1], 5000)
+    features, logits = judge.look(real)
+    print(f'judge: tells {(logits.argmax(1) == y).float().mean():.1%} of {len(y)} validation pictures', flush=True)
+
+    tokenizers, sets, sides = {}, {}, [int(p) for p in args.patch_nums.split(',')]
+    for kind, scales in ('raster', sides[-1:]), ('scales', sides):
+        args.sides = scales
+        vae = stage_of(lambda: train.TokenizerStage(args, train.make_vae(args, {}).to(device), *data).to(device),
+                       args, given.out / kind).vae
+        with precision(device):
+            sets[kind] = [train.tokenize(vae, x, args, name) for x, name in zip(data, ('train', 'val'))]
+        tokenizers[kind] = Raster(vae) if kind == 'raster' else vae
+
+    # Each row: its name, the run it draws from, kind of tokens, class, depth, options, sampling.
+    plain, k, both = dict(cfg=0.), dict(cfg=0., top_k=given.top_k), dict(cfg=given.cfg, top_k=given.top_k)
+    rows = [('raster-scan AR', 'ar', 'raster', PlainNorm, given.depth, False, plain),
+            ('VAR, plain LayerNorm', 'plain', 'scales', PlainNorm, given.depth, False, plain),
+            ('+ AdaLN', 'adaln', 'scales', VAR, given.depth, False, plain),
+            (f'+ top-k {given.top_k}', 'adaln', 'scales', VAR, given.depth, False, k),
+            (f'+ guidance {given.cfg:g}', 'adaln', 'scales', VAR, given.depth, False, both),
+            ('+ normalised q, k', 'norm', 'scales', VAR, given.depth, True, both),
+            (f'+ deeper (d {given.deeper})', 'deeper', 'scales', VAR, given.deeper, True, both)]
+    lines, sheet, unit, done = ['| | parameters | cost | Frechet distance | told right | val loss |', '|---|---|---|---|---|---|'], [], None, {}
+    for name, run_name, kind, model, depth, qk_norm, sampling in rows:
+        vae = tokenizers[kind]
+        if run_name not in done:
+            args.depth, args.sampling = depth, dict(top_k=0, top_p=1.) | sampling
+            scales = vae.sides if kind == 'raster' else sides
+
+            def make():
+                V, z = vae.quantize.embedding.weight.shape
+                var = model(scales, depth, len(classes), V, z, qk_norm=qk_norm).to(device)
+                return train.TransformerStage(args, vae, var, *sets[kind])
+
+            var = stage_of(make, args, given.out / run_name).var
+            tokens, labels = sets[kind][1]
+            with precision(device):
+                done[run_name] = var, train.grade_transformer(vae, var, tokens, labels, device)['loss']
+        var, loss = done[run_name]
+        began, drawn = time.time(), []
+        for c in range(len(classes)):
+            with precision(device), torch.no_grad():
+                drawn.append(var.generate(vae, [c] * given.n, seed=c, **dict(top_k=0, top_p=1.) | sampling).cpu())
+        seconds = time.time() - began
+        unit = unit or seconds
+        found, logits = judge.look(torch.cat(drawn) * 2 - 1)
+        right = logits.argmax(1).view(-1, given.n) == torch.arange(len(classes))[:, None]
+        unused = sum(p.numel() for n, p in var.named_parameters() if 'ada_lin' in n and p.ndim > 1 and model is PlainNorm)
+        N = (sum(p.numel() for p in var.parameters()) - unused) / 1e6
+        lines.append(f'| {name} | {N:.1f} M | {seconds / unit:.3f} | {frechet(found, features):.2f} | '
+                     f'{right.float().mean():.1%} | {loss:.3f} |')
+        print(lines[-1], flush=True)
+        sheet.append(to_uint8(torch.stack([x[0] for x in drawn])))
+        save_grid(given.out / 'ablation.png', sheet)
+        (given.out / 'ablation.md').write_text('\n'.join(lines) + '\n')
+
+
+if __name__ == '__main__':
+    run(main)
