@@ -29,6 +29,7 @@ from PIL import Image
 
 import sample
 import train
+import var as var_module
 from tokenizer import VGG16, VQVAE, PatchDiscriminator
 from var import VAR, block_causal_mask, filter_logits
 
@@ -356,6 +357,33 @@ def test_label_dropout_and_stochastic_depth_belong_to_training():
             for draw, share in (0.001, 0), (0.5, 1 / (1 - 0.1 * 2 / 24)):
                 dropped = block(h, (*gates, zero, zero, zero, zero), [3], noise=torch.full((1, 2), draw)) - h
                 torch.testing.assert_close(dropped, branch * share)
+
+
+def test_tokens_are_kept_until_something_changes(tmp_path, monkeypatch):
+    vae, args = VQVAE((1, 2), 16, 4, 8, (1, 2)), argparse.Namespace(out=tmp_path, device='cpu', workers=0)
+    items, labels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8), np.arange(6) % 2
+    tokens, told = train.tokenize(vae, train.Pictures(items, labels, 4, flip=True), args, 'train')
+    assert tokens.shape == (12, 5) and told.tolist() == [0, 0, 1, 1] * 3
+    encode = vae.encode
+    monkeypatch.setattr(vae, 'encode', None)                   # from here on, encoding would fail
+    again = train.tokenize(vae, train.Pictures(items, labels, 4, flip=True), args, 'train')
+    assert torch.equal(again[0], tokens) and torch.equal(again[1], told)
+    for other in ((items[::-1], labels, 4, True), (items, 1 - labels, 4, True), (items, labels, 4, False)):
+        with pytest.raises(TypeError):
+            train.tokenize(vae, train.Pictures(*other), args, 'train')
+    monkeypatch.setattr(vae, 'encode', encode)
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(-1)                         # another tokenizer, other tokens
+    assert not torch.equal(train.tokenize(vae, train.Pictures(items, labels, 4, True), args, 'train')[0], tokens)
+
+
+@torch.no_grad()
+def test_attention_scale_by_scale_is_that_under_the_mask(monkeypatch):
+    attention, x, mask = var_module.Attention(128, 2, qk_norm=True), torch.randn(3, 21, 128), block_causal_mask((1, 2, 4))
+    each = attention(x, [1, 4, 16], None)
+    monkeypatch.setattr(var_module, 'attend',
+                        lambda q, k, v: (q @ k.transpose(2, 3) + mask).softmax(-1) @ v)
+    torch.testing.assert_close(each, attention(x, [21], None))     # all tokens at once, with the mask
 
 
 @torch.no_grad()

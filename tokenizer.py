@@ -121,6 +121,8 @@ class Quantizer(nn.Module):
     residual of Algorithm 1 is f - f_hat, f_hat being what Algorithm 2 has so far. Codes are
     compared and summed without autocast, in float32, as in the released tokenizer.
     """
+    dead_below = 0.02       # of the average use: a code that is used less is dead, and restarted
+
     def __init__(self, patch_nums, V, z, share):
         super().__init__()
         self.patch_nums, K = tuple(patch_nums), len(patch_nums)
@@ -200,12 +202,12 @@ class Quantizer(nn.Module):
         hits.copy_(d * hits + (1 - d) * n)
         N = hits.sum(0)
         codes.copy_((before[:, None] * codes + (1 - d) * s) / N.clamp_min(1e-9)[:, None])
-        # Dead is what is used 50 times less than the average. It becomes a random vector, of each
-        # scale as often as of any other: 1 in L vectors is of the first, and it would collapse.
+        # A dead code becomes a random vector, of each scale as often as of any other: of all
+        # vectors only 1 in L is of the first, and it would collapse.
         of = torch.arange(V, device=device) % K
         place = (torch.rand(V, device=device) * sizes[of]).long() + (sizes.cumsum(0) - sizes)[of]
         fresh = vectors[torch.randint(len(tokens), (V,), device=device), place]             # (V, z)
-        dead = N < 0.02 * tokens.numel() / V
+        dead = N < self.dead_below * tokens.numel() / V
         codes[dead], hits[:, dead] = fresh[dead], 0.1 * tokens.numel() / V / K
 
 class VQVAE(nn.Module):

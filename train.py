@@ -271,7 +271,8 @@ class Pictures:
 
     def middles(self, n=sys.maxsize):
         """Requests for the middles of n pictures, evenly spread over all, in batches of 50."""
-        requests = [(i, None) for i in range(0, len(self.items), max(1, len(self.items) // n))][:n]
+        N = len(self.items)
+        requests = [(i * N // min(n, N), None) for i in range(min(n, N))]
         return [requests[a:a + 50] for a in range(0, len(requests), 50)]
 
 def order(n, args, start, stop):
@@ -312,10 +313,10 @@ def tokenize(vae, pictures, args, name):
     that is resumed, find them there.
     """
     (rank, world), found, path = rank_and_world(), {}, args.out / f'tokens-{name}.npz'
-    listed = [(str(f), os.path.getsize(f), os.path.getmtime(f)) if isinstance(f, Path) else
-              zlib.crc32(f.tobytes()) for f in pictures.items]
+    listed = [(str(f), *(os.stat(f)[6:9:2] if f.exists() else ())) if isinstance(f, Path) else
+              zlib.crc32(f.tobytes()) for f in pictures.items]         # sizes and times, or pixels
     weights = [zlib.crc32(x.cpu().numpy().tobytes()) for x in vae.state_dict().values()]
-    labels, what = pictures.labels, (pictures.size, pictures.flip)
+    labels, what = pictures.labels, (vae.patch_nums, pictures.size, pictures.flip)
     key = zlib.crc32(repr((weights, listed, labels.tolist(), what)).encode())
     with attempt(path, 'damaged: delete it'):
         before = dict(np.load(path)) if path.exists() else {'key': None}
@@ -479,7 +480,9 @@ class TransformerStage(nn.Module):
         rows = [self.var.generate(self.vae, [c] * 8, seed=c, **self.args.sampling)
                 for c in range(min(10, self.var.num_classes))]
         save_grid(self.args.out / 'samples.png', [to_uint8(row) for row in rows])
-        tokens, labels = (x[::max(1, len(x) // 1000)][:1000] for x in self.val_set)
+        N = len(self.val_set[0])
+        evenly = torch.arange(min(1000, N)) * N // min(1000, N)
+        tokens, labels = (x[evenly] for x in self.val_set)
         return grade_transformer(self.vae, self.var, tokens, labels, self.args.device)
 
 # ---- One loop for both stages ----

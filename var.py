@@ -30,6 +30,7 @@ def block_causal_mask(patch_nums):
         0 x x x x        the first scale sees itself
         0 0 0 0 0        every token of the second sees the first and the whole second
         ...              (four such rows)
+    Released files have it. Here it is only what Attention is tested against, which needs no mask.
     """
     scale = scale_of_token(patch_nums)
     return torch.where(scale[:, None] < scale[None], -torch.inf, 0.)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
 
     def forward(self, x, lengths, cache):
         """x (B, l, w): all scales in training, in generation one. lengths: their numbers of tokens.
-        cache: in generation a list of (keys, values), (B, h, l, 64) each, one pair a scale."""
+        cache: in generation a list, at first empty, of keys and values so far, (B, h, m, 64)."""
         B, l, w = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.heads, -1)
@@ -86,11 +87,12 @@ class Attention(nn.Module):
         else:
             q = q / (4 * math.sqrt(q.shape[-1]))        # the ablation of Table 3, as it was run
         q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(cache, (k, v)))
         if cache is not None:
-            cache.append((k, v))
-            k, v = (torch.cat(scales, dim=2) for scales in zip(*cache))
-        # The mask of Fig. 4 without a mask: each scale looks at what there is up to its own end.
-        # That is 62 % of the (L, L) products that a mask would have computed.
+            cache[:] = k, v
+        # Fig. 4: each scale looks at what there is up to its own end. So no mask is needed, and
+        # 38 % of the products of a masked (L, L) are never computed.
         ends, parts = k.shape[2] - l + torch.tensor(lengths).cumsum(0), []
         for q_k, end in zip(q.split(lengths, dim=2), ends.tolist()):
             parts.append(attend(q_k, k[:, :, :end], v[:, :, :end]))

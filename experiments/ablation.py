@@ -53,7 +53,10 @@ def stage_of(make, args, folder):
     args.out = folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'ckpt.pt'
-    state = dict(read_weights(path)) if path.exists() else dict(step=0, optimizer=None)
+    key = repr(sorted((k, v) for k, v in vars(args).items() if k not in train.MACHINE))
+    state = dict(read_weights(path)) if path.exists() else {}
+    if state.get('settings') != key:                        # made with others: to be made anew
+        state = dict(step=0, optimizer=None, settings=key)
     torch.manual_seed(args.seed)
     stage = make()
     train.train_stage(stage, args, state)                   # at its last step it only evaluates
@@ -118,7 +121,7 @@ def main():
         unused = sum(p.numel() for n, p in var.named_parameters() if 'ada_lin' in n and p.ndim > 1 and model is PlainNorm)
         N = (sum(p.numel() for p in var.parameters()) - unused) / 1e6
         lines.append(f'| {name} | {N:.1f} M | {seconds / unit:.3f} | {frechet(found, features):.2f} | '
-                     f'{right.float().mean():.1%} | {loss:.3f} |')
+                     f'{right.float().mean():.1%} | {loss if kind == "scales" else float("nan"):.3f} |')
         print(lines[-1], flush=True)
         sheet.append(to_uint8(torch.stack([x[0] for x in drawn])))
         save_grid(given.out / 'ablation.png', sheet)

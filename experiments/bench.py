@@ -7,17 +7,20 @@ No weights are needed: speed does not depend on them. Medians; matrix products a
 that figures can be read against what the machine does in these minutes. Writes bench.csv and bench.png.
 """
 import csv
-import resource
 import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from raster import Raster                                                   # noqa: E402
@@ -48,8 +51,7 @@ def seconds(work, device, runs=3, warm=1):
     for _ in range(warm + runs):
         start = time.perf_counter()
         work()
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
+        getattr(torch, device.type).synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[warm:])
 
@@ -64,6 +66,10 @@ def memory(device):
     """The most memory that the process, or on a GPU its tensors, ever had: GiB."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource
+    except ImportError:                                         # on Windows
+        return float('nan')
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'linux' else 30)
 
 
@@ -115,8 +121,7 @@ def rivals(d, n, device):
             with precision(device), torch.no_grad():
                 var.generate(source, [0], cfg=1.5, top_k=900, top_p=0.96, seed=0)
 
-        runs = 3 if kind == 'VAR' or n <= 16 else 1
-        times.append(seconds(generate, device, runs, warm=runs // 3))
+        times.append(seconds(generate, device, 3 if kind == 'VAR' or n <= 16 else 1))
     return times
 
 
@@ -144,7 +149,7 @@ def main():
         each, share = training(vae, d, given, device, rate)
         tell(f'training d{d}, batch {given.batch}', **{'s an image': each, 'images/s': 1 / each,
              'of the matrix rate': share, 'GiB at most so far': memory(device)})
-    for d in map(int, given.depths[-1:]):
+    for d in map(int, given.depths):
         for B in map(int, given.draw):
             whole, decoder = drawing(vae, d, B, device)
             tell(f'sampling d{d}, batch {B}', **{'s': whole, 's of it in the decoder': decoder, 'images/s': B / whole})
@@ -160,9 +165,6 @@ def main():
     given.out.mkdir(parents=True, exist_ok=True)
     with open(given.out / 'bench.csv', 'w', newline='') as f:
         csv.writer(f).writerows([('what', 'unit', 'value'), *rows])
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
     for column, slope, label, ideal in zip(times.T, slopes, ('VAR', 'raster-scan AR, cached'), (4, 6)):
         axis.loglog(grids, column, 'o-', label=f'{label}: n^{slope:.1f} (paper, without a cache: n^{ideal})')

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt                                             # no
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import var as var_module                                                    # noqa: E402
-from sample import load_models, parse, run, save_grid, to_tensor            # noqa: E402
+from sample import Problem, load_models, parse, run, save_grid, to_tensor            # noqa: E402
 from train import Options as Settings, read_data                            # noqa: E402
 
 
@@ -37,6 +37,8 @@ class Options:
 def draw_grid(runs, path):
     """Fig. 7: a block of five columns a share of the training, a row a depth and class."""
     depths = sorted(runs.glob('d*'), key=lambda f: int(f.name[1:]))
+    if not depths:
+        raise Problem(f'{runs}: nothing of scaling.py is there')
     rows = []
     for c in range(4):
         for folder in depths:
@@ -84,6 +86,8 @@ def main():
     given.out.mkdir(parents=True, exist_ok=True)
     draw_grid(given.runs, given.out / 'grid.png')
     vae, var, _ = load_models(given.ckpt)
+    if var is None:
+        raise Problem(f'{given.ckpt} has a tokenizer only')
     _, val, _ = read_data(Settings(data=given.data, size=vae.image_size))
     batches = list(val.load(val.middles(given.n)))
     pictures, indices = (torch.cat(x) for x in zip(*batches))

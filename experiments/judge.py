@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import load_models, parse, pick_device, precision, run, to_tensor   # noqa: E402
+from sample import Problem, load_models, parse, pick_device, precision, run, to_tensor  # noqa: E402
 from train import Options as Settings, read_data                                # noqa: E402
 
 
@@ -32,6 +32,7 @@ class Judge(nn.Module):
     """images (B, 3, 32, 32) in [-1, 1] -> logits (B, classes); on the way, features (B, 128)."""
     def __init__(self, classes):
         super().__init__()
+        torch.manual_seed(0)                                    # the same judge in every process
         layers, c = [], 3
         for width in 32, 64, 128:
             layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
@@ -40,7 +41,6 @@ class Judge(nn.Module):
         self.head = nn.Linear(128, classes)
 
     def learn(self, x, y, steps=400, batch=128):
-        torch.manual_seed(0)
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
         for _ in range(steps):
             i = torch.randint(len(x), (batch,))
@@ -85,6 +85,8 @@ def main():
     given = Options(**parse(Options, __doc__))
     device = pick_device(given.device)
     vae, var, ckpt = load_models(given.ckpt)
+    if var is None:
+        raise Problem(f'{given.ckpt} has a tokenizer only')
     train, val, classes = read_data(Settings(data=given.data, size=vae.image_size))
     with torch.enable_grad():
         judge = Judge(len(classes)).learn(*everything(train, len(train.items)), given.steps)

@@ -15,12 +15,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt                                             # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train                                                                # noqa: E402
-from sample import parse, pick_device, precision, read_weights, run, to_uint8   # noqa: E402
+from sample import Problem, parse, pick_device, precision, read_weights, run, to_uint8   # noqa: E402
 from tokenizer import VQVAE                                                 # noqa: E402
 from var import VAR                                                         # noqa: E402
 
@@ -93,9 +97,6 @@ class Stage(train.TransformerStage):
 
 def draw(out, models):
     """Figs. 5 and 6: the last figures against N, and the course of all depths against C."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 4, figsize=(17, 8), constrained_layout=True)
     rows, laws = [], []
     for column, (name, title) in enumerate(WHAT.items()):
@@ -146,30 +147,42 @@ def main():
         var = VAR(vae.patch_nums, 4, len(classes), *V_z).to(device).train()
         tokens = [torch.randint(V_z[0], (args.batch, p * p), device=device) for p in vae.patch_nums]
         for _ in range(2):                                          # the first one warms up
+            getattr(torch, device.type).synchronize()
             start = time.time()
             with precision(device):
                 loss = var(torch.zeros(args.batch, dtype=torch.long, device=device), vae.var_input(tokens))
             loss.mean().backward()
+            getattr(torch, device.type).synchronize()
         pace = (time.time() - start) / compute(var, args.batch)     # seconds a PFlop, at depth 4
         for d, N, C, _ in models:
             print(f'd {d}: {N / 1e6:.2f} M parameters, {C:.3g} PFlop, about {C * pace / 60:.0f} min:  python '
                   f'{sys.argv[0]} --ckpt {given.ckpt} --data {given.data} --steps {args.steps} '
                   f'--batch {args.batch} --lr {given.lr} --out {given.out} --depths {d}')
         return
-    *data, _ = train.read_data(args)
+    *data, names = train.read_data(args)
+    if names != classes:
+        raise Problem(f'--data {given.data} has other classes than {given.ckpt}')
+    args.out = models[0][3].parent                                  # no other machine writes there
     with precision(device):
         sets = [train.tokenize(vae, x, args, name) for x, name in zip(data, ('train', 'val'))]
     for model in models:
         d, _, _, path = model
         args.out, args.lr = path.parent, given.lr * (4 / d) ** 0.5
         args.out.mkdir(parents=True, exist_ok=True)
-        state = dict(read_weights(path)) if path.exists() else dict(step=0, optimizer=None)
+        # What was made with other settings is made anew.
+        key = repr((args.steps, args.batch, args.lr, args.data, vae.quantize.embedding.weight.sum().item()))
+        state = dict(read_weights(path)) if path.exists() else {}
+        if state.get('settings') != key:
+            state = dict(step=0, optimizer=None, settings=key)
         if state['step'] < args.steps:
             torch.manual_seed(args.seed)
             var = VAR(vae.patch_nums, d, len(classes), *V_z).to(device)
             if not state['optimizer']:
-                (args.out / 'log.csv').unlink(missing_ok=True)
-                state |= {k: ckpt[k] for k in ('version', 'classes', 'patch_nums', 'config', 'sampling')}
+                for old in (args.out / 'log.csv', *args.out.glob('*.npy')):
+                    old.unlink(missing_ok=True)
+                state |= {k: ckpt[k] for k in ('version', 'classes', 'patch_nums', 'sampling')}
+                config = {k: v for k, v in vars(args).items() if k not in (*train.MACHINE, 'sides')}
+                state |= {'stage': 'transformer', 'config': config | dict(depth=d)}
             train.train_stage(Stage(args, vae, var, *sets), args, state)
         model[3] = finished(args.out)
         print(f'd {d}: {model[1] / 1e6:.2f} M parameters, {model[2]:.3g} PFlop,',
