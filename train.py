@@ -81,13 +81,14 @@ MACHINE = 'workers', 'device', 'vgg', 'out', 'resume', 'eval'
 # class asked for with cfg 6 and top-k 40, 60 % with 5 and 100, 51 % with 3 and 100.
 SMALL = dict(size=32, patch_nums='1,2,3,4,6,8', depth=4, batch=16, accumulate=1, lr=3e-3,
              tokenizer_lr=1e-3, perceptual=0., adversarial=0., tokenizer_steps=3400, steps=4500,
-             sampling=dict(cfg=6., top_k=40, top_p=1.),
+             sampling=dict(cfg=8., top_k=100, top_p=1.),
              network=dict(ch=32, ch_mult=(1, 2, 4), vocab_size=1024, z_channels=16, res_blocks=1,
                           normalise=False))
 PRESETS = {
     'cuda': dict(SMALL, depth=8, batch=256, tokenizer_steps=8000, steps=8000,
                  network=dict(SMALL['network'], ch=64)),
     'shapes': dict(SMALL, patch_nums='1,2,4,8', depth=3, lr=5e-3, steps=1300, tokenizer_steps=700,
+                   sampling=dict(cfg=6., top_k=40, top_p=1.),
                    network=dict(SMALL['network'], ch=16, vocab_size=256, z_channels=8)),
     64: dict(network=dict(ch=64, ch_mult=(1, 2, 4), vocab_size=2048)),
     128: dict(network=dict(ch=96, ch_mult=(1, 1, 2, 4))),
