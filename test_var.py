@@ -561,7 +561,8 @@ def command(module, *words, monkeypatch, folder):
 
 
 # A network that is quick to train, for all that follows.
-train.SMALL['network'] = dict(ch=8, ch_mult=(1, 2, 4), vocab_size=99, z_channels=8, res_blocks=1)
+train.SMALL['network'] = dict(ch=8, ch_mult=(1, 2, 4), vocab_size=99, z_channels=8, res_blocks=1,
+                              normalise=False)
 TINY = ('--size', 32, '--depth', 1, '--batch', 4, '--tokenizer-steps', 3, '--steps', 3, '--workers', 0,
         '--device', 'cpu')
 

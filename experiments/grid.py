@@ -35,17 +35,17 @@ class Options:
 
 
 def draw_grid(runs, path):
-    """Fig. 7: a block of five columns a share of the training, a row a depth and class."""
+    """Fig. 7: a row a depth; four classes side by side, each after growing shares of the training."""
     depths = sorted(runs.glob('d*'), key=lambda f: int(f.name[1:]))
     if not depths:
         raise Problem(f'{runs}: nothing of scaling.py is there')
     rows = []
-    for c in range(4):
-        for folder in depths:
-            stages = sorted(folder.glob('*.npy'), key=lambda f: int(f.stem))
-            rows.append(np.stack([np.load(f)[c] for f in stages]))          # (stages, H, W, 3)
+    for folder in depths:
+        stages = sorted(folder.glob('*.npy'), key=lambda f: int(f.stem))
+        drawn = np.stack([np.load(f) for f in stages], axis=1)[:4]          # (classes, stages, H, W, 3)
+        rows.append(drawn.reshape(-1, *drawn.shape[2:]))
     save_grid(path, rows)
-    print(f'{path}: rows are classes, each with depths', *(f.name[1:] for f in depths), '; columns:',
+    print(f'{path}: rows are depths', *(f.name[1:] for f in depths), '; columns, class by class:',
           *(f'{f.stem} %' for f in stages))
 
 
@@ -113,7 +113,8 @@ def main():
         axis.imshow(share, vmin=0, vmax=1, cmap='Blues')
         for i in range(K):
             for j in range(i + 1):
-                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=7)
+                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=7,
+                          color='white' if share[i, j] > 0.5 else 'black')
         axis.set(title=title, xticks=range(K), yticks=range(K))
         axis.set_xticklabels(names, fontsize=7)
         axis.set_yticklabels(names, fontsize=7)

@@ -107,7 +107,8 @@ def draw(out, models):
         x = np.geomspace(N.min(), N.max())
         axes[0, column].plot(N, y, 'o', color='C0')
         axes[0, column].plot(x, e + (b * x / 1e6) ** a, '--', color='grey')
-        axes[0, column].set(title=laws[-1].replace(', r', '\nr'), xlabel='parameters N', xscale='log', yscale='log')
+        axes[0, column].set(xlabel='parameters N', xscale='log', yscale='log')
+        axes[0, column].set_title(laws[-1].replace(' (+-', '\n(+-'), fontsize=9)
         points = []
         for d, _, C, course in models:
             part = [(C * step / max(course), figures[name]) for step, figures in course.items() if step]
