@@ -1,6 +1,6 @@
 """Table 3 at a size that anyone can run: what each of VAR's choices is worth.
 
-    python experiments/ablation.py                          # the built-in shapes, about ten minutes on a CPU
+    python experiments/ablation.py                          # the built-in shapes
     python experiments/ablation.py --data cifar10 --out ablation-cifar10
 
 Rows add up, as in the paper: raster-scan AR, VAR with plain LayerNorm, AdaLN, top-k, guidance, normalised
