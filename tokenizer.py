@@ -183,6 +183,11 @@ class Quantizer(nn.Module):
             f_hat = self.add_scale(f_hat, k, self.embedding(r_k))
             yield f_hat
 
+    def count(self, tokens):
+        """How often each scale of K token maps (B, l) uses each code: (K, V)."""
+        V = len(self.embedding.weight)
+        return torch.stack([r_k.flatten().bincount(minlength=V) for r_k in tokens])
+
     @torch.no_grad()
     def update(self, tokens, vectors, decay):
         """Moves every code to the moving average of the vectors that chose it; restarts dead ones.
@@ -195,8 +200,7 @@ class Quantizer(nn.Module):
         hits, codes, d = self.ema_vocab_hit_SV, self.embedding.weight, decay
         (K, V), device = hits.shape, codes.device
         sizes = torch.tensor(self.patch_nums, device=device) ** 2
-        maps = tokens.split(sizes.tolist(), dim=1)                                          # K
-        n = torch.stack([r_k.flatten().bincount(minlength=V) for r_k in maps])              # (K, V)
+        n = self.count(tokens.split(sizes.tolist(), dim=1))                                 # (K, V)
         s = torch.zeros_like(codes).index_add_(0, tokens.flatten(), vectors.flatten(0, 1))
         before = d * hits.sum(0)                                                            # (V,)
         hits.copy_(d * hits + (1 - d) * n)

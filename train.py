@@ -35,7 +35,7 @@ from PIL import Image
 from sample import (RELEASED, VERSION, Problem, attempt, crop, load_models, open_picture, parse,
                     pick_device, precision, rank_and_world, read_weights, run, save_grid, to_tensor,
                     to_uint8, write_whole)
-from tokenizer import VGG16, VQVAE, PatchDiscriminator
+from tokenizer import VGG16, VQVAE, PatchDiscriminator, all_processes
 from var import VAR
 
 # Addresses, and sha256 or the beginning of it, which torch.hub is content with.
@@ -234,6 +234,10 @@ def deaf(worker):
     """Keeps Ctrl-C, and torchrun's signal to the whole group, from processes that read pictures."""
     getattr(os, 'setpgrp', bool)()
 
+def evenly(N, n):
+    """n of the indices below N, or all of them, evenly spread."""
+    return [i * N // min(n, N) for i in range(min(n, N))]
+
 class Pictures:
     """A set of pictures, as arrays or paths, and their labels. One is asked for as (index, draw):
     draw None gives its middle, a seed a random crop and, with flip, often its mirror image."""
@@ -272,8 +276,7 @@ class Pictures:
 
     def middles(self, n=sys.maxsize):
         """Requests for the middles of n pictures, evenly spread over all, in batches of 50."""
-        N = len(self.items)
-        requests = [(i * N // min(n, N), None) for i in range(min(n, N))]
+        requests = [(i, None) for i in evenly(len(self.items), n)]
         return [requests[a:a + 50] for a in range(0, len(requests), 50)]
 
 def order(n, args, start, stop):
@@ -298,13 +301,6 @@ def read_data(args):
         train, val, classes = picture_folder(args.data)
     return Pictures(*train, args.size, args.flip), Pictures(*val, args.size), classes
 
-def everywhere(x):
-    """What x is in every process: a list."""
-    found = [x] * rank_and_world()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(found, x)
-    return found
-
 @torch.no_grad()
 def tokenize(vae, pictures, args, name):
     """All token maps of a set, once, (N, L) int16, with labels (N,): no step runs the encoder.
@@ -321,7 +317,7 @@ def tokenize(vae, pictures, args, name):
     key = zlib.crc32(repr((weights, listed, labels.tolist(), what)).encode())
     with attempt(path, 'damaged: delete it'):
         before = dict(np.load(path)) if path.exists() else {'key': None}
-    if min(everywhere(before['key'] == key)):
+    if all_processes(torch.tensor([before['key'] == key], device=args.device)).all():
         return torch.from_numpy(before['tokens']), torch.from_numpy(before['labels'])
     for batch, indices in pictures.load(pictures.middles()[rank::world], args.workers):
         images = to_tensor(batch.to(args.device))                               # (B, 3, H, W)
@@ -329,7 +325,9 @@ def tokenize(vae, pictures, args, name):
         maps = [torch.cat(vae.encode(x), dim=1).short().cpu() for x in sides]   # (B, L) each
         # By index, so that what stands in for an unreadable picture is not counted twice.
         found.update(zip(indices.tolist(), torch.stack(maps, dim=1).numpy()))
-    found = {i: maps for part in everywhere(found) for i, maps in part.items()}
+    if world > 1:
+        dist.all_gather_object(parts := [None] * world, found)
+        found = {i: maps for part in parts for i, maps in part.items()}
     kept = sorted(found)                                # so the number of processes changes nothing
     tokens, labels = np.concatenate([found[i] for i in kept]), labels[kept]
     labels = labels.repeat(1 + pictures.flip)
@@ -352,7 +350,8 @@ def ssim(a, b):
 
 @torch.no_grad()
 def grade_tokenizer(vae, pictures, args, n):
-    """Figures of the tokenizer on n of the pictures, as a dict; and those pictures rebuilt.
+    """Figures of the tokenizer on n of the pictures, as a dict; those pictures rebuilt, uint8
+    (n, H, W, 3), their tokens (n, L) and labels (n,).
 
     Draws reconstructions.png: eight of them, and below what is rebuilt after each scale.
 
@@ -363,22 +362,25 @@ def grade_tokenizer(vae, pictures, args, n):
     scales = vae.decode_scales(vae.encode(to_tensor(batch.to(args.device))))    # K of (8, 3, H, W)
     save_grid(args.out / 'reconstructions.png',
               [batch.numpy(), *(to_uint8(x / 2 + 0.5) for x in scales)])
-    V, scores, rebuilt = len(vae.quantize.embedding.weight), [], []
-    hits, l = torch.zeros(len(vae.patch_nums), V), torch.tensor(vae.patch_nums) ** 2    # (K, V)
-    for batch, _ in pictures.load(pictures.middles(n), args.workers):
+    scores, found, l = [], [], torch.tensor(vae.patch_nums) ** 2                # (K,)
+    for batch, indices in pictures.load(pictures.middles(n), args.workers):
         images = to_tensor(batch.to(args.device))                               # (B, 3, H, W)
         tokens = vae.encode(images)                                             # K of (B, l)
         a, b = (x.cpu() / 2 + 0.5 for x in (images, vae.decode(tokens)))        # in [0, 1]
         psnr = -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()  # (B,)
         scores.append(torch.stack([psnr, ssim(a, b), (a - b).abs().mean((1, 2, 3))]))
-        hits += torch.stack([r_k.flatten().bincount(minlength=V) for r_k in tokens]).cpu()
-        rebuilt.append(to_uint8(b))
+        maps = torch.cat(tokens, dim=1).cpu()                                   # (B, L)
+        found.append((torch.from_numpy(to_uint8(b)), maps, indices))
     psnr, similar, l1 = torch.cat(scores, dim=1).mean(1).tolist()               # means of (3, n)
+    rebuilt, tokens, indices = (torch.cat(parts) for parts in zip(*found))
+    hits = vae.quantize.count(tokens.split(l.tolist(), dim=1))                  # (K, V)
+    V = hits.shape[1]
     usage = (hits > 0).sum(1) / hits.sum(1).clamp_max(V)                        # (K,)
     bits = (l[:, None] * torch.special.entr(hits / hits.sum(1, keepdim=True))).sum() / np.log(2)
     return {'PSNR': psnr, 'SSIM': similar, 'L1': l1, 'codes used': (hits.sum(0) > 0).sum().item(),
             'of': V, 'bits a token': bits.item() / l.sum().item(), 'bits an image': bits.item(),
-            **{f'usage {k}': u for k, u in enumerate(usage.tolist(), 1)}}, np.concatenate(rebuilt)
+            **{f'usage {k}': u for k, u in enumerate(usage.tolist(), 1)}
+            }, rebuilt.numpy(), tokens, torch.from_numpy(pictures.labels)[indices]
 
 @torch.no_grad()
 def grade_transformer(vae, var, tokens, labels, device):
@@ -480,9 +482,7 @@ class TransformerStage(nn.Module):
         rows = [self.var.generate(self.vae, [c] * 8, seed=c, **self.args.sampling)
                 for c in range(min(10, self.var.num_classes))]
         save_grid(self.args.out / 'samples.png', [to_uint8(row) for row in rows])
-        N = len(self.val_set[0])
-        evenly = torch.arange(min(1000, N)) * N // min(1000, N)
-        tokens, labels = (x[evenly] for x in self.val_set)
+        tokens, labels = (x[evenly(len(x), 1000)] for x in self.val_set)
         return grade_transformer(self.vae, self.var, tokens, labels, self.args.device)
 
 # ---- One loop for both stages ----
@@ -531,9 +531,7 @@ def train_stage(stage, args, state):
                 f.writelines(f'{stage.name},{step},{time.time():.1f},{k},{v}\n'
                              for k, v in figures.items())
         # A signal may reach the processes at different steps: they agree on when to stop.
-        stopped = torch.tensor(max(stop, default=0), device=args.device)
-        if world > 1:
-            dist.all_reduce(stopped, dist.ReduceOp.MAX)
+        stopped = all_processes(torch.tensor([max(stop, default=0)], device=args.device)).max()
         if rank == 0 and (last or stopped or time.time() - saved > SAVE_EVERY):
             state.update({name: module.state_dict() for name, module in learned.items()},
                          step=step, optimizer=optimizer.state_dict())
@@ -598,13 +596,13 @@ def grade(args):
     args.size, vae = vae.image_size, vae.to(args.device)
     _, val, classes = read_data(args)
     with precision(args.device):
-        figures, rebuilt = grade_tokenizer(vae, val, args, len(val.items))
+        figures, rebuilt, tokens, labels = grade_tokenizer(vae, val, args, len(val.items))
         show('tokenizer', figures)
-        arrays = dict(arr_0=rebuilt, arr_1=val.labels)
+        arrays = dict(arr_0=rebuilt, arr_1=labels.numpy())
         write_whole(args.out / 'reconstructions.npz', lambda f: np.savez(f, **arrays))
         if var and var.num_classes == len(classes):
-            tokens = tokenize(vae, val, args, 'val')
-            show('transformer', grade_transformer(vae, var.to(args.device), *tokens, args.device))
+            var = var.to(args.device)
+            show('transformer', grade_transformer(vae, var, tokens, labels, args.device))
 
 def main():
     args, state = settings()

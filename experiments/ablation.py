@@ -17,10 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train                                                                # noqa: E402
-from judge import Judge, everything, frechet                                # noqa: E402
+from judge import draw_each, make_judge                                     # noqa: E402
 from raster import Raster                                                   # noqa: E402
 from sample import parse, pick_device, precision, read_weights, run, save_grid, to_uint8    # noqa: E402
-from tokenizer import VQVAE                                                 # noqa: E402
 from var import VAR                                                         # noqa: E402
 
 
@@ -48,15 +47,19 @@ class Options:
     device: str = None                  # cuda, mps or cpu; the best there is if not given
 
 
-def stage_of(make, args, folder):
-    """Trains the stage that make() returns, or goes on with it, or finds it trained: its modules."""
+def stage_of(make, args, folder, **more):
+    """Trains the stage that make() returns, or goes on with it, or finds it trained in folder / ckpt.pt.
+
+    What was made there with other settings is made anew. more: what else ckpt.pt is to hold."""
     args.out = folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'ckpt.pt'
     key = repr(sorted((k, v) for k, v in vars(args).items() if k not in train.MACHINE))
     state = dict(read_weights(path)) if path.exists() else {}
-    if state.get('settings') != key:                        # made with others: to be made anew
-        state = dict(step=0, optimizer=None, settings=key)
+    if state.get('settings') != key:
+        state = dict(step=0, optimizer=None, settings=key, **more)
+        for old in (folder / 'log.csv', *folder.glob('*.npy')):
+            old.unlink(missing_ok=True)
     torch.manual_seed(args.seed)
     stage = make()
     train.train_stage(stage, args, state)                   # at its last step it only evaluates
@@ -70,10 +73,7 @@ def main():
     args = train.Options(**preset | dict(data=given.data, steps=given.steps, tokenizer_steps=given.tokenizer_steps))
     args.device, args.workers = device, 0
     *data, classes = train.read_data(args)
-    judge = Judge(len(classes)).learn(*everything(data[0], len(data[0].items)), given.judge_steps)
-    real, y = everything(data[1], 5000)
-    features, logits = judge.look(real)
-    print(f'judge: tells {(logits.argmax(1) == y).float().mean():.1%} of {len(y)} validation pictures', flush=True)
+    judge, real = make_judge(*data, classes, given.judge_steps)
 
     tokenizers, sets, sides = {}, {}, [int(p) for p in args.patch_nums.split(',')]
     for kind, scales in ('raster', sides[-1:]), ('scales', sides):
@@ -110,20 +110,17 @@ def main():
             with precision(device):
                 done[run_name] = var, train.grade_transformer(vae, var, tokens, labels, device)['loss']
         var, loss = done[run_name]
-        began, drawn = time.time(), []
-        for c in range(len(classes)):
-            with precision(device), torch.no_grad():
-                drawn.append(var.generate(vae, [c] * given.n, seed=c, **dict(top_k=0, top_p=1.) | sampling).cpu())
+        began = time.time()
+        drawn = draw_each(vae, var, given.n, device, dict(top_k=0, top_p=1.) | sampling)
         seconds = time.time() - began
         unit = unit or seconds
-        found, logits = judge.look(torch.cat(drawn) * 2 - 1)
-        right = logits.argmax(1).view(-1, given.n) == torch.arange(len(classes))[:, None]
+        right, distance = judge.grade(drawn, real)
         unused = sum(p.numel() for n, p in var.named_parameters() if 'ada_lin' in n and p.ndim > 1 and model is PlainNorm)
         N = (sum(p.numel() for p in var.parameters()) - unused) / 1e6
-        lines.append(f'| {name} | {N:.1f} M | {seconds / unit:.3f} | {frechet(found, features):.2f} | '
-                     f'{right.float().mean():.1%} | {loss if kind == "scales" else float("nan"):.3f} |')
+        lines.append(f'| {name} | {N:.1f} M | {seconds / unit:.3f} | {distance:.2f} | '
+                     f'{right.mean():.1%} | {loss if kind == "scales" else float("nan"):.3f} |')
         print(lines[-1], flush=True)
-        sheet.append(to_uint8(torch.stack([x[0] for x in drawn])))
+        sheet.append(to_uint8(drawn[:, 0] / 2 + 0.5))
         save_grid(given.out / 'ablation.png', sheet)
         (given.out / 'ablation.md').write_text('\n'.join(lines) + '\n')
 

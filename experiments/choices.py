@@ -16,7 +16,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train                                                                # noqa: E402
 from ablation import stage_of                                               # noqa: E402
-from judge import Judge, everything, frechet                                # noqa: E402
+from judge import frechet, make_judge                                       # noqa: E402
 from sample import parse, pick_device, precision, run, to_tensor            # noqa: E402
 
 
@@ -89,8 +89,7 @@ def main():
     device, preset = pick_device(given.device), train.SMALL
     args = train.Options(**preset | dict(data=given.data))
     *data, classes = train.read_data(args)
-    judge = Judge(len(classes)).learn(*everything(data[0], len(data[0].items)), given.judge_steps)
-    real, _ = judge.look(everything(data[1], 2000)[0])
+    judge, real = make_judge(*data, classes, given.judge_steps, 2000)
     runs = [('as it is', seed) for seed in range(given.seeds)] or [(name, 0) for name in CHOICES]
     K = len(args.patch_nums.split(','))
     lines = ['| | PSNR, dB | SSIM | codes used | least used scale | distance |', '|---|---|---|---|---|---|']
@@ -108,7 +107,7 @@ def main():
 
         vae = stage_of(make, args, given.out / f'{name.replace(" ", "-").replace(",", "")}-{seed}').vae
         with precision(device):
-            figures, rebuilt = train.grade_tokenizer(vae, data[1], args, 2000)
+            figures, rebuilt, *_ = train.grade_tokenizer(vae, data[1], args, 2000)
         features, _ = judge.look(to_tensor(rebuilt))
         worst = min(figures[f'usage {k}'] for k in range(1, K + 1))
         lines.append(f'| {name}{f", seed {seed}" if given.seeds else ""} | {figures["PSNR"]:.2f} | {figures["SSIM"]:.3f} | '

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import torch
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from judge import Judge, everything, frechet                                # noqa: E402
-from sample import Problem, load_models, parse, pick_device, precision, run  # noqa: E402
+from judge import draw_each, make_judge                                     # noqa: E402
+from sample import Problem, load_models, parse, pick_device, run             # noqa: E402
 from train import Options as Settings, read_data                            # noqa: E402
 
 
@@ -61,7 +60,6 @@ def train(given):
     (given.out / 'trained').touch()
 
 
-@torch.no_grad()
 def main():
     given = Options(**parse(Options, __doc__))
     device = pick_device(given.device)
@@ -75,26 +73,16 @@ def main():
     minutes[given.out / 'ckpt.pt'] = log['transformer', 'loss'][-1][0]
 
     pictures, val, classes = read_data(Settings(data=given.data, size=32))
-    with torch.enable_grad():
-        judge = Judge(len(classes)).learn(*everything(pictures, len(pictures.items)), given.judge_steps)
-    images, y = everything(val, 5000)
-    real, logits = judge.look(images)
-    print(f'judge: tells {(logits.argmax(1) == y).float().mean():.1%} of {len(y)} validation pictures', flush=True)
+    judge, real = make_judge(pictures, val, classes, given.judge_steps)
     distances, shares = [], []
     for path, minute in sorted(minutes.items(), key=lambda item: item[1]):
         vae, var, ckpt = load_models(path)
         if var is None:
             continue                                                        # still in stage 1
-        samples = []
-        for c in range(len(classes)):
-            with precision(device):
-                drawn = var.to(device).generate(vae.to(device), [c] * given.n, seed=c, **ckpt['sampling'])
-            samples.append(drawn.cpu() * 2 - 1)
-        features, logits = judge.look(torch.cat(samples))
-        right = (logits.argmax(1).view(-1, given.n) == torch.arange(len(classes))[:, None]).float().mean().item()
-        distances.append((minute, frechet(features, real)))
-        shares.append((minute, right))
-        print(f'minute {minute:.1f}: Frechet distance {distances[-1][1]:.1f}, {right:.1%} told right', flush=True)
+        right, distance = judge.grade(draw_each(vae.to(device), var.to(device), given.n, device, ckpt['sampling']), real)
+        distances.append((minute, distance))
+        shares.append((minute, right.mean().item()))
+        print(f'minute {minute:.1f}: Frechet distance {distance:.1f}, {right.mean():.1%} told right', flush=True)
 
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), constrained_layout=True)
     for axis, points, label in zip(axes, (log['tokenizer', 'PSNR'], log['transformer', 'loss'], distances, shares),

@@ -61,6 +61,32 @@ class Judge(nn.Module):
         features = torch.cat([self.features(part) for part in x.split(500)])
         return features, self.head(features)
 
+    def grade(self, drawn, real):
+        """Of pictures drawn (classes, n, 3, H, W): the share of each class that it tells as this class,
+        (classes,), and the Frechet distance of all to the features of real ones."""
+        features, logits = self.look(drawn.flatten(0, 1))
+        right = logits.argmax(1).view(drawn.shape[:2]) == torch.arange(len(drawn))[:, None]
+        return right.float().mean(1), frechet(features, real)
+
+
+def make_judge(train, val, classes, steps, n=5000):
+    """A judge that has learned the training pictures, and its features of n validation pictures."""
+    judge = Judge(len(classes)).learn(*everything(train, len(train.items)), steps)
+    x, y = everything(val, n)
+    features, logits = judge.look(x)
+    print(f'judge: tells {(logits.argmax(1) == y).float().mean():.1%} of {len(y)} validation pictures', flush=True)
+    return judge, features
+
+
+@torch.no_grad()
+def draw_each(vae, var, n, device, sampling):
+    """n pictures of each class, whose number is the seed: (classes, n, 3, H, W) in [-1, 1]."""
+    drawn = []
+    for c in range(var.num_classes):
+        with precision(device):
+            drawn.append(var.generate(vae, [c] * n, seed=c, **sampling).cpu() * 2 - 1)
+    return torch.stack(drawn)
+
 
 def frechet(a, b):
     """The Frechet distance of two sets of features (n, c), as if they were Gaussian."""
@@ -80,7 +106,6 @@ class Options:
     device: str = None                  # cuda, mps or cpu; the best there is if not given
 
 
-@torch.no_grad()
 def main():
     given = Options(**parse(Options, __doc__))
     device = pick_device(given.device)
@@ -88,21 +113,12 @@ def main():
     if var is None:
         raise Problem(f'{given.ckpt} has a tokenizer only')
     train, val, classes = read_data(Settings(data=given.data, size=vae.image_size))
-    with torch.enable_grad():
-        judge = Judge(len(classes)).learn(*everything(train, len(train.items)), given.steps)
-    x, y = everything(val, 5000)
-    features, logits = judge.look(x)
-    print(f'judge: tells {(logits.argmax(1) == y).float().mean():.1%} of {len(x)} validation pictures')
-    vae, var, samples = vae.to(device), var.to(device), []
-    for c in range(len(classes)):
-        with precision(device):
-            samples.append(var.generate(vae, [c] * given.n, seed=c, **ckpt['sampling']).cpu() * 2 - 1)
-    drawn, logits = judge.look(torch.cat(samples))
-    right = (logits.argmax(1).view(-1, given.n) == torch.arange(len(classes))[:, None]).float().mean(1)
+    judge, real = make_judge(train, val, classes, given.steps)
+    right, distance = judge.grade(draw_each(vae.to(device), var.to(device), given.n, device, ckpt['sampling']), real)
     for name, share in zip(classes, right.tolist()):
         print(f'{name:>10}: {share:.0%} of {given.n} samples')
-    print(f'all: {right.mean():.1%} of {len(drawn)} samples are told as the class asked for; '
-          f'Frechet distance {frechet(drawn, features):.1f}')
+    print(f'all: {right.mean():.1%} of {len(classes) * given.n} samples are told as the class asked for; '
+          f'Frechet distance {distance:.1f}')
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt                                             # no
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train                                                                # noqa: E402
+from ablation import stage_of                                               # noqa: E402
 from sample import Problem, parse, pick_device, precision, read_weights, run, to_uint8   # noqa: E402
 from tokenizer import VQVAE                                                 # noqa: E402
 from var import VAR                                                         # noqa: E402
@@ -98,7 +99,7 @@ class Stage(train.TransformerStage):
 def draw(out, models):
     """Figs. 5 and 6: the last figures against N, and the course of all depths against C."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 8), constrained_layout=True)
-    rows, laws = [], []
+    laws = []
     for column, (name, title) in enumerate(WHAT.items()):
         N = np.array([n for _, n, _, _ in models])
         y = np.array([course[max(course)][name] for *_, course in models])
@@ -140,10 +141,8 @@ def main():
     classes, V_z = ckpt['classes'], vae.quantize.embedding.weight.shape
     models, began = [], time.time()
     for d in map(int, given.depths):
-        torch.manual_seed(args.seed)
-        var = VAR(vae.patch_nums, d, len(classes), *V_z).to(device)
-        done = given.out / f'd{d}' / 'ckpt.pt'
-        models.append([d, parameters(var), compute(var, args.steps * args.batch), done])
+        var = VAR(vae.patch_nums, d, len(classes), *V_z)
+        models.append([d, parameters(var), compute(var, args.steps * args.batch), given.out / f'd{d}'])
     if given.dry_run:
         var = VAR(vae.patch_nums, 4, len(classes), *V_z).to(device).train()
         tokens = [torch.randint(V_z[0], (args.batch, p * p), device=device) for p in vae.patch_nums]
@@ -163,29 +162,16 @@ def main():
     *data, names = train.read_data(args)
     if names != classes:
         raise Problem(f'--data {given.data} has other classes than {given.ckpt}')
-    args.out = models[0][3].parent                                  # no other machine writes there
+    args.out = models[0][3]                                         # no other machine writes there
     with precision(device):
         sets = [train.tokenize(vae, x, args, name) for x, name in zip(data, ('train', 'val'))]
     for model in models:
-        d, _, _, path = model
-        args.out, args.lr = path.parent, given.lr * (4 / d) ** 0.5
-        args.out.mkdir(parents=True, exist_ok=True)
-        # What was made with other settings is made anew.
-        key = repr((args.steps, args.batch, args.lr, args.data, vae.quantize.embedding.weight.sum().item()))
-        state = dict(read_weights(path)) if path.exists() else {}
-        if state.get('settings') != key:
-            state = dict(step=0, optimizer=None, settings=key)
-        if state['step'] < args.steps:
-            torch.manual_seed(args.seed)
-            var = VAR(vae.patch_nums, d, len(classes), *V_z).to(device)
-            if not state['optimizer']:
-                for old in (args.out / 'log.csv', *args.out.glob('*.npy')):
-                    old.unlink(missing_ok=True)
-                state |= {k: ckpt[k] for k in ('version', 'classes', 'patch_nums', 'sampling')}
-                config = {k: v for k, v in vars(args).items() if k not in (*train.MACHINE, 'sides')}
-                state |= {'stage': 'transformer', 'config': config | dict(depth=d)}
-            train.train_stage(Stage(args, vae, var, *sets), args, state)
-        model[3] = finished(args.out)
+        d, _, _, folder = model
+        args.depth, args.lr = d, given.lr * (4 / d) ** 0.5
+        config = {k: v for k, v in vars(args).items() if k not in train.MACHINE}
+        stage_of(lambda: Stage(args, vae, VAR(vae.patch_nums, d, len(classes), *V_z).to(device), *sets), args, folder,
+                 **{k: ckpt[k] for k in ('version', 'classes', 'patch_nums', 'sampling')}, stage='transformer', config=config)
+        model[3] = finished(folder)
         print(f'd {d}: {model[1] / 1e6:.2f} M parameters, {model[2]:.3g} PFlop,',
               ', '.join(f'{k} {model[3][max(model[3])][k]:.4f}' for k in WHAT), flush=True)
     if len(models) > 2:
