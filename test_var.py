@@ -26,12 +26,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 import sample
 import train
 import var as var_module
 from tokenizer import VGG16, VQVAE, PatchDiscriminator
-from var import VAR, block_causal_mask, filter_logits
+from var import VAR, Block, block_causal_mask, filter_logits
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = sorted({*HERE.glob('assets/golden_*.json'), *HERE.glob('../shared/golden/*.json')})
@@ -355,7 +356,7 @@ def test_label_dropout_and_stochastic_depth_belong_to_training():
         for gates in (one, zero), (zero, one):
             branch = block(h, (*gates, zero, zero, zero, zero), [3]) - h
             for draw, share in (0.001, 0), (0.5, 1 / (1 - 0.1 * 2 / 24)):
-                dropped = block(h, (*gates, zero, zero, zero, zero), [3], noise=torch.full((1, 2), draw)) - h
+                dropped = block(h, block.drop((*gates, zero, zero, zero, zero), torch.full((1, 2), draw)), [3]) - h
                 torch.testing.assert_close(dropped, branch * share)
 
 
@@ -377,10 +378,26 @@ def test_tokens_are_kept_until_something_changes(tmp_path, monkeypatch):
     assert not torch.equal(train.tokenize(vae, train.Pictures(items, labels, 4, True), args, 'train')[0], tokens)
 
 
+def test_losses_in_pieces_and_checkpointed_blocks_against_the_whole():
+    vae, var = models((1, 2, 3, 4, 6))                         # 66 tokens: a piece and the beginning of one
+    tokens, labels, noise = torch.randint(64, (3, 66)), torch.tensor([0, 3, 4]), torch.rand(3, 5)
+    noise[0, 1] = 0.                                           # a branch that stochastic depth leaves out
+    inputs = labels, vae.var_input(tokens.split(cuts(var.patch_nums), dim=1)), noise
+    logits = var.train()(*inputs).transpose(1, 2)
+    whole = F.cross_entropy(logits, tokens, reduction='none')
+    wanted = torch.autograd.grad(whole.square().sum(), [*var.parameters()])
+    for var.run_block in Block.__call__, partial(checkpoint, Block.__call__, use_reentrant=False):
+        each, right = var(*inputs, tokens)
+        torch.testing.assert_close(each, whole)
+        assert torch.equal(right, logits.argmax(1) == tokens)
+        found = torch.autograd.grad(each.square().sum(), [*var.parameters()])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_attention_scale_by_scale_is_that_under_the_mask(monkeypatch):
     attention, x, mask = var_module.Attention(128, 2, qk_norm=True), torch.randn(3, 21, 128), block_causal_mask((1, 2, 4))
-    each = attention(x, [1, 4, 16], None)
+    each = attention(x, [1, 5, 21], None)
     monkeypatch.setattr(var_module, 'attend',
                         lambda q, k, v: (q @ k.transpose(2, 3) + mask).softmax(-1) @ v)
     torch.testing.assert_close(each, attention(x, [21], None))     # all tokens at once, with the mask

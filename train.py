@@ -22,7 +22,7 @@ import tarfile
 import time
 import zlib
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
 from sample import (RELEASED, VERSION, Problem, attempt, crop, load_models, open_picture, parse,
                     pick_device, precision, rank_and_world, read_weights, run, save_grid, to_tensor,
@@ -68,13 +69,15 @@ class Options:
     # What follows does not define the run, and is not saved with it.
     workers: int = min(4, (os.cpu_count() or 1) - 1)    # processes that read pictures
     device: str = None              # cuda, mps or cpu; the best there is if not given
+    compile: bool = False           # torch.compile for stage 2, which then takes a quarter less
+    checkpointing: bool = False     # compute the transformer's blocks twice: half the memory
     vgg: str = None                 # file of the VGG-16 weights, for a machine without internet
     out: Path = Path('.')           # folder of ckpt.pt, log.csv and pictures
     resume: bool = False            # go on from ckpt.pt in --out; options given with it are changed
     eval: Path = None               # grade this checkpoint instead of training
 
 SAVE_EVERY = 60                     # seconds
-MACHINE = 'workers', 'device', 'vgg', 'out', 'resume', 'eval'
+MACHINE = 'workers', 'device', 'compile', 'checkpointing', 'vgg', 'out', 'resume', 'eval'
 # Batches are small at 32 px on a CPU, where steps count for more than pictures: in a minute of
 # autoencoding CIFAR-10, 27.1 dB with batches of 16, 25.5 dB with 32. So small a transformer wants
 # strong guidance: of 1,000 CIFAR-10 samples a classifier tells 71 % as the class asked for with
@@ -390,9 +393,9 @@ def grade_transformer(vae, var, tokens, labels, device):
     """
     loss, wrong, scales, figures = 0, 0, [p * p for p in var.patch_nums], {}
     for maps, label in zip(tokens.to(device).long().split(25), labels.to(device).split(25)):
-        logits = var(label, vae.var_input(maps.split(scales, dim=1))).transpose(1, 2)   # (B, V, L)
-        loss += F.cross_entropy(logits, maps, reduction='none').sum(0) / len(tokens)    # (L,)
-        wrong += (logits.argmax(1) != maps).sum(0) / len(tokens)                        # (L,)
+        each, right = var(label, vae.var_input(maps.split(scales, dim=1)), tokens=maps)     # (B, L)
+        loss += each.sum(0) / len(tokens)                                       # (L,)
+        wrong += (~right).sum(0) / len(tokens)                                  # (L,)
     for name, x in ('loss', loss), ('error', wrong):
         each = [part.mean().item() for part in x.split(scales)]
         figures |= {name: x.mean().item(), f'{name} last': each[-1]}
@@ -472,10 +475,10 @@ class TransformerStage(nn.Module):
     def forward(self, tokens, labels, noise):
         """The loss, figures to show, and no use of codes: they stay as stage 1 left them."""
         maps = tokens.long().split([p * p for p in self.var.patch_nums], dim=1)     # K of (B, l)
-        logits = self.var(labels, self.vae.var_input(maps), noise)              # (B, L, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
-        right = (logits.detach().argmax(-1) == tokens).float().mean()           # 4 to 6 % is normal
-        return loss, {'loss': loss.detach(), 'accuracy': right}, None
+        each, right = self.var(labels, self.vae.var_input(maps), noise, tokens.long())
+        loss = each.mean()
+        # An accuracy of 4 to 6 % is normal.
+        return loss, {'loss': loss.detach(), 'accuracy': right.float().mean()}, None
 
     def evaluate(self):
         """Figures on a thousand pictures; draws eight of each of the first ten classes."""
@@ -613,6 +616,12 @@ def main():
     torch.manual_seed(args.seed)
     vae = make_vae(args, state).to(device)
     var = VAR(args.sides, args.depth, len(classes), *vae.quantize.embedding.weight.shape).to(device)
+    if args.compile:                                # one graph serves all blocks
+        var.run_block = torch.compile(var.run_block)
+        with attempt('--compile', 'torch.compile wants a C++ compiler, on cuda Triton'):
+            torch.compile(torch.sin)(torch.zeros(1, device=device))
+    if args.checkpointing:
+        var.run_block = partial(checkpoint, var.run_block, use_reentrant=False)
     config = {k: v for k, v in vars(args).items() if k not in (*MACHINE, 'sides')}
     if not state:
         state = dict(version=VERSION, classes=classes, patch_nums=args.sides, step=0,

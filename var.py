@@ -18,6 +18,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 def scale_of_token(patch_nums):
     """The scale that each of the L tokens belongs to: (L,) int64, rising."""
@@ -28,22 +29,18 @@ def block_causal_mask(patch_nums):
 
     A token sees its own scale whole, and all scales before it. Scales 1 and 2 make 1 + 4 tokens:
         0 x x x x        the first scale sees itself
-        0 0 0 0 0        every token of the second sees the first and the whole second
-        ...              (four such rows)
-    Released files have it. Here it is only what Attention is tested against, which needs no mask.
-    """
+        0 0 0 0 0        each of the next four: the first, and the whole second
+    Released files have it; Attention needs none, and is tested against it."""
     scale = scale_of_token(patch_nums)
     return torch.where(scale[:, None] < scale[None], -torch.inf, 0.)
 
 def filter_logits(logits, top_k=0, top_p=0.0):
-    """Sets all but the top_k largest logits, then all outside the top-p set, to -inf.
+    """Sets all but the top_k largest of logits (..., V), then all outside the top-p set, to -inf.
 
-    logits (..., V). The top-p set is the smallest whose probability reaches top_p, never empty.
-    0 switches either off; top_k above V and top_p of 1 keep everything.
-    """
+    The top-p set is the smallest whose probability reaches top_p, and never empty. 0 switches
+    either off; top_k above V and top_p of 1 keep everything."""
     if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if 0 < top_p < 1:
         ascending, order = logits.sort(dim=-1)
         outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
@@ -58,7 +55,7 @@ def norm(x):
 def attend(q, k, v):
     """softmax(q k^T) v; q (B, h, l, 64), k and v (B, h, m, 64)."""
     if torch.is_grad_enabled() and not q.is_cuda:
-        # Backward through the fused attention is 6 times slower on a CPU (d4, L 130, bfloat16).
+        # On a CPU forward and backward of the fused attention take 1.2 to 1.8 times as long.
         return (q @ k.transpose(2, 3)).softmax(-1) @ v                          # (B, h, l, 64)
     return F.scaled_dot_product_attention(q, k, v, scale=1)
 
@@ -74,10 +71,11 @@ class Attention(nn.Module):
         if qk_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
 
-    def forward(self, x, lengths, cache):
-        """x (B, l, w): all scales in training, in generation one. lengths: their numbers of tokens.
-        cache: in generation a list, at first empty, of keys and values so far, (B, h, m, 64)."""
+    def forward(self, x, ends, cache):
+        """x (B, l, w): all scales in training, in generation one. ends: where each of them ends in
+        the sequence of all. cache: keys and values of all, (2, B, h, L, 64), in generation."""
         B, l, w = x.shape
+        start = ends[-1] - l
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, h, l, 64) each
@@ -87,15 +85,16 @@ class Attention(nn.Module):
         else:
             q = q / (4 * math.sqrt(q.shape[-1]))        # the ablation of Table 3, as it was run
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(cache, (k, v)))
         if cache is not None:
-            cache[:] = k, v
+            cache[0, :, :, start:ends[-1]], cache[1, :, :, start:ends[-1]] = k, v
+            k, v = cache
         # Fig. 4: each scale looks at what there is up to its own end. So no mask is needed, and
-        # 38 % of the products of a masked (L, L) are never computed.
-        ends, parts = k.shape[2] - l + torch.tensor(lengths).cumsum(0), []
-        for q_k, end in zip(q.split(lengths, dim=2), ends.tolist()):
-            parts.append(attend(q_k, k[:, :, :end], v[:, :, :end]))
+        # 38 % of the products of a masked (L, L) are never computed. From the last scale to the
+        # first, so that keys and values shrink, and their gradients too: a third less time (d6).
+        parts, lengths = [], [b - a for a, b in zip([start, *ends], ends)]
+        for q_k, end in zip(q.split(lengths, dim=2)[::-1], ends[::-1]):
+            k, v = k[:, :, :end], v[:, :, :end]
+            parts.insert(0, attend(q_k, k, v))
         return self.proj(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, l, w))
 
 class Block(nn.Module):
@@ -109,14 +108,16 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w))
 
-    def forward(self, x, modulation, lengths, cache=None, noise=None):
-        """x (B, l, w); modulation: six vectors (B, 1, w); noise (B, 2) in training only."""
+    def drop(self, modulation, noise):
+        """Stochastic depth: shuts the gates of a branch for a whole picture. noise (B, 2)."""
+        gates = (noise >= self.drop_rate)[..., None, None] / (1 - self.drop_rate)   # (B, 2, 1, 1)
+        return *(x * gates[:, i] for i, x in enumerate(modulation[:2])), *modulation[2:]
+
+    def forward(self, x, modulation, ends, cache=None):
+        """x (B, l, w); modulation: six vectors (B, 1, w)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        if noise is not None:      # stochastic depth shuts the gate of a branch for a whole picture
-            gate1, gate2 = ((noise >= self.drop_rate) / (1 - self.drop_rate)).split(1, dim=1)
-            gamma1, gamma2 = gamma1 * gate1[..., None], gamma2 * gate2[..., None]       # (B, 1, w)
         h = torch.addcmul(shift1, norm(x), 1 + scale1)                          # (B, l, w)
-        x = torch.addcmul(x, self.attn(h, lengths, cache), gamma1)
+        x = torch.addcmul(x, self.attn(h, ends, cache), gamma1)
         h = self.ffn['fc1'](torch.addcmul(shift2, norm(x), 1 + scale2))         # (B, l, 4w)
         return torch.addcmul(x, self.ffn['fc2'](F.gelu(h, approximate='tanh')), gamma2)
 
@@ -130,7 +131,9 @@ class VAR(nn.Module):
                  vocab_size=4096, z_channels=32, shared_aln=False, qk_norm=True):
         super().__init__()
         self.patch_nums, self.num_classes, self.vocab_size = (*patch_nums,), num_classes, vocab_size
-        w, L = 64 * depth, sum(p * p for p in patch_nums)                               # (7)
+        self.ends = torch.tensor(patch_nums).square().cumsum(0).tolist()        # of each scale
+        self.run_block = Block.__call__         # in training; train.py may wrap it
+        w, L = 64 * depth, self.ends[-1]                                                # (7)
         self.word_embed = nn.Linear(z_channels, w)
         self.class_emb = nn.Embedding(num_classes + 1, w)
         self.pos_start = nn.Parameter(torch.empty(1, patch_nums[0] ** 2, w))
@@ -182,15 +185,15 @@ class VAR(nn.Module):
             six = [block.ada_lin(condition).unflatten(1, (1, 6, -1)) for block in self.blocks]
         return [x.unbind(2) for x in six], self.head_nm['ada_lin'](condition)[:, None].chunk(2, -1)
 
-    def logits(self, x, modulation):
+    def logits(self, x, scale, shift):
         """(B, l, w) -> (B, l, V), float32."""
-        scale, shift = modulation
         return self.head(norm(x.float()) * (1 + scale) + shift).float()
 
-    def forward(self, labels, var_input, noise=None):
+    def forward(self, labels, var_input, noise=None, tokens=None):
         """Teacher forcing: the logits of all scales at once, under the block-causal mask (Fig. 4).
 
         labels (B,) int64; var_input (B, L - p_1^2, z) of VQVAE.var_input -> logits (B, L, V).
+        tokens (B, L): instead, their cross-entropy in nats and whether they are likeliest, (B, L).
         noise: (B, 1 + 2 d) uniform draws, which decide on label dropout and stochastic depth, drawn
         here if not given. Given, a batch has one outcome however many processes share it. It
         belongs to training; in evaluation it is not used.
@@ -203,11 +206,24 @@ class VAR(nn.Module):
         blocks, head = self.modulations(condition)
         start = condition[:, None] + self.pos_start              # [s] of Fig. 4: the class
         x = torch.cat([start, self.word_embed(var_input)], dim=1) + self.positions()    # (B, L, w)
-        lengths = [p * p for p in self.patch_nums]
         for i, (block, modulation) in enumerate(zip(self.blocks, blocks)):
-            drop = noise[:, 1 + 2 * i:3 + 2 * i] if self.training else None
-            x = block(x, modulation, lengths, noise=drop)
-        return self.logits(x, head)                                             # (B, L, V)
+            if self.training:
+                modulation = block.drop(modulation, noise[:, 1 + 2 * i:3 + 2 * i])
+                x = self.run_block(block, x, modulation, self.ends)
+            else:
+                x = block(x, modulation, self.ends)
+        if tokens is None:
+            return self.logits(x, *head)                                        # (B, L, V)
+        # 64 tokens at a time, with their logits made anew for the backward pass: those of all, in
+        # float32 and several times over, would be the largest tensors of a training step.
+        def grade(x, r):
+            logits = self.logits(x, *head)                                      # (B, 64, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), r.flatten(), reduction='none')
+            return loss.view(r.shape), logits.argmax(-1) == r                   # (B, 64) each
+
+        parts = [checkpoint(grade, *pair, use_reentrant=False, preserve_rng_state=False)
+                 for pair in zip(x.split(64, dim=1), tokens.split(64, dim=1))]
+        return [torch.cat(each, dim=1) for each in zip(*parts)]
 
     @torch.no_grad()
     def generate(self, vae, labels, cfg=1.5, top_k=900, top_p=0.96, seed=None, smooth=False,
@@ -229,15 +245,15 @@ class VAR(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         condition = self.class_emb(labels)                                      # (2B, w)
         blocks, head = self.modulations(condition)
-        caches = [[] for _ in self.blocks]
-        positions = self.positions().split([p * p for p in self.patch_nums], dim=1)
-        x, f_hat, tokens = condition[:, None] + self.pos_start, 0, []
-        for k, p in enumerate(self.patch_nums):
+        caches = head[0].new_empty(len(blocks), 2, len(labels), len(blocks), self.ends[-1], 64)
+        positions, f_hat, tokens = self.positions(), 0, []                      # (1, L, w)
+        x = condition[:, None] + self.pos_start                                 # (2B, l, w)
+        for k, (p, end) in enumerate(zip(self.patch_nums, self.ends)):
             ratio = k / max(K - 1, 1)
-            x = x + positions[k]                                                # (2B, l, w)
+            x = x + positions[:, end - p * p:end]
             for block, modulation, cache in zip(self.blocks, blocks, caches):
-                x = block(x, modulation, [p * p], cache)
-            logits = self.logits(x, head)                                       # (2B, l, V)
+                x = block(x, modulation, [end], cache)
+            logits = self.logits(x, *head)                                      # (2B, l, V)
             if cfg:
                 t = cfg * ratio
                 logits = (1 + t) * logits[:B] - t * logits[B:]                  # (B, l, V)

@@ -10,6 +10,7 @@ import csv
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from raster import Raster                                                   # noqa: E402
 from sample import parse, pick_device, precision, ready, run                # noqa: E402
 from tokenizer import VQVAE                                                 # noqa: E402
-from var import VAR                                                         # noqa: E402
+from var import VAR, Block                                                         # noqa: E402
 
 # n_k of about a^(k-1), as the paper's appendix has it, for the grids of 8, 16, 24 and 32 tokens a side.
 GRIDS = {8: (1, 2, 3, 4, 6, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -41,6 +42,7 @@ class Options:
     draw: list = ('1', '8')             # pictures drawn at once
     rival: int = 6                      # depth of VAR and of the raster-scan AR
     grids: list = ('8', '16', '24', '32')   # tokens a side in that comparison
+    compile: bool = False               # training also with torch.compile, as by train.py --compile
     out: Path = Path('.')               # folder of bench.csv and bench.png
     device: str = None                  # cuda, mps or cpu; the best there is if not given
 
@@ -73,21 +75,41 @@ def memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'linux' else 30)
 
 
-def training(vae, d, given, device, rate):
+def tokenizer_training(device, plain):
+    """Seconds of forward and backward for one picture. plain: as the released network is written, float32 with
+    the channels first; otherwise as train.py does it."""
+    vae, image = VQVAE().to(device).train(), torch.rand(1, 3, 256, 256, device=device) * 2 - 1
+    if plain:
+        vae.to(memory_format=torch.contiguous_format).latent = lambda images: vae.quant_conv(vae.encoder(images))
+
+    def step():
+        with precision(device) if not plain else nullcontext():
+            rebuilt, quantizer, _ = vae(image)
+        (F.mse_loss(rebuilt, image) + quantizer).backward()
+        vae.zero_grad()
+
+    return seconds(step, device, 3 if device.type == 'cuda' else 2)
+
+
+def training(vae, d, given, device, rate, compiled):
     """One step's forward and backward, tokens given: seconds an image, share of the matrix rate."""
     var = VAR(depth=d).to(device).train()
-    tokens = [torch.randint(4096, (given.batch, p * p), device=device) for p in var.patch_nums]
-    labels, x = torch.randint(1000, (given.batch,), device=device), vae.var_input(tokens)
+    if compiled:
+        var.run_block = torch.compile(var.run_block)
+    maps = [torch.randint(4096, (given.batch, p * p), device=device) for p in var.patch_nums]
+    labels, x, tokens = torch.randint(1000, (given.batch,), device=device), vae.var_input(maps), torch.cat(maps, dim=1)
 
     def step():
         with precision(device):
-            logits = var(labels, x)
-            loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(tokens, dim=1).flatten())
-        loss.backward()
+            loss, _ = var(labels, x, tokens=tokens)
+        loss.mean().backward()
         var.zero_grad()
 
-    with FlopCounterMode(display=False) as counter:
-        step()
+    step()                                                      # compiles, where asked to
+    compiled, var.run_block = var.run_block, Block.__call__
+    with FlopCounterMode(display=False) as counter, precision(device):      # nothing is computed twice in this one
+        F.cross_entropy(var(labels, x).transpose(1, 2), tokens).backward()
+    var.run_block = compiled
     taken = seconds(step, device)
     return taken / given.batch, counter.get_total_flops() / taken / rate
 
@@ -145,10 +167,13 @@ def main():
         tokens = vae.encode(images)
         tell('tokenizer, batch 4', **{'s an image to encode': seconds(lambda: vae.encode(images), device) / 4,
                                       'to decode': seconds(lambda: vae.decode(tokens), device) / 4})
+    ours, plain = (tokenizer_training(device, plain) for plain in (False, True))
+    tell('training the tokenizer', **{'s an image': ours, 'in float32, channels first': plain, 'times as fast': plain / ours})
     for d in map(int, given.depths):
-        each, share = training(vae, d, given, device, rate)
-        tell(f'training d{d}, batch {given.batch}', **{'s an image': each, 'images/s': 1 / each,
-             'of the matrix rate': share, 'GiB at most so far': memory(device)})
+        for how in ('', ', compiled')[:1 + given.compile]:
+            each, share = training(vae, d, given, device, rate, bool(how))
+            tell(f'training d{d}, batch {given.batch}{how}', **{'s an image': each, 'images/s': 1 / each,
+                 'of the matrix rate': share, 'GiB at most so far': memory(device)})
     for d in map(int, given.depths):
         for B in map(int, given.draw):
             whole, decoder = drawing(vae, d, B, device)
