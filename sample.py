@@ -248,8 +248,8 @@ def new_places(args, P, size):
 
 def likelihood_ratio(vae, var, tokens, labels):
     """log p(tokens | class) - log p(tokens | no class), (B,): how well the class explains them."""
-    x, drawn = vae.var_input(tokens), torch.cat(tokens, dim=1)[..., None]       # (B, L, 1)
-    told, untold = (var(y, x).log_softmax(-1).gather(-1, drawn).sum((1, 2))
+    x, drawn = vae.var_input(tokens), torch.cat(tokens, dim=1)                  # (B, L)
+    told, untold = (-var(y, x, tokens=drawn)[0].sum(1)
                     for y in (labels, torch.full_like(labels, var.num_classes)))
     return told - untold
 

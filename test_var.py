@@ -378,7 +378,7 @@ def test_tokens_are_kept_until_something_changes(tmp_path, monkeypatch):
     assert not torch.equal(train.tokenize(vae, train.Pictures(items, labels, 4, True), args, 'train')[0], tokens)
 
 
-def test_losses_in_pieces_and_checkpointed_blocks_against_the_whole():
+def test_losses_in_pieces_and_blocks_compiled_or_checkpointed_against_the_whole():
     vae, var = models((1, 2, 3, 4, 6))                         # 66 tokens: a piece and the beginning of one
     tokens, labels, noise = torch.randint(64, (3, 66)), torch.tensor([0, 3, 4]), torch.rand(3, 5)
     noise[0, 1] = 0.                                           # a branch that stochastic depth leaves out
@@ -386,7 +386,8 @@ def test_losses_in_pieces_and_checkpointed_blocks_against_the_whole():
     logits = var.train()(*inputs).transpose(1, 2)
     whole = F.cross_entropy(logits, tokens, reduction='none')
     wanted = torch.autograd.grad(whole.square().sum(), [*var.parameters()])
-    for var.run_block in Block.__call__, partial(checkpoint, Block.__call__, use_reentrant=False):
+    compiled = torch.compile(Block.__call__, backend='eager', fullgraph=True)      # that it is one graph, not its speed
+    for var.run_block in Block.__call__, compiled, partial(checkpoint, compiled, use_reentrant=False):
         each, right = var(*inputs, tokens)
         torch.testing.assert_close(each, whole)
         assert torch.equal(right, logits.argmax(1) == tokens)

@@ -102,7 +102,7 @@ def all_processes(x):
     """x (B, ...) of every process, one after another: the whole batch."""
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(x.contiguous()) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, patch_nums, V, z, share):
         super().__init__()
-        self.patch_nums, K = tuple(patch_nums), len(patch_nums)
+        self.patch_nums, self.V, K = tuple(patch_nums), V, len(patch_nums)
         self.embedding = nn.Embedding(V, z).requires_grad_(False)               # see update()
         convs = nn.ModuleList(conv3(z, z) for _ in range(share))
         for conv in convs:                                          # phi starts as the identity
@@ -135,7 +135,9 @@ class Quantizer(nn.Module):
 
     def shrink(self, f, k):
         """f (B, z, P, P) at the size of scale k, by area interpolation: (B, l, z)."""
-        return F.interpolate(f, self.patch_nums[k], mode='area').flatten(2).transpose(1, 2)
+        # Apple's mps has no area interpolation to sizes that do not divide P.
+        z_k = F.interpolate(f.cpu() if f.is_mps else f, self.patch_nums[k], mode='area')
+        return z_k.flatten(2).transpose(1, 2).to(f.device)
 
     def add_scale(self, f_hat, k, z_k):
         """f_hat + phi_k(interpolate(z_k, h_K, w_K)): a turn of Algorithm 2.
@@ -176,8 +178,7 @@ class Quantizer(nn.Module):
 
     def count(self, tokens):
         """How often each scale of K token maps (B, l) uses each code: (K, V)."""
-        V = len(self.embedding.weight)
-        return torch.stack([r_k.flatten().bincount(minlength=V) for r_k in tokens])
+        return torch.stack([r_k.flatten().bincount(minlength=self.V) for r_k in tokens])
 
     @torch.no_grad()
     def update(self, tokens, vectors, decay):

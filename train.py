@@ -474,8 +474,9 @@ class TransformerStage(nn.Module):
 
     def forward(self, tokens, labels, noise):
         """The loss, figures to show, and no use of codes: they stay as stage 1 left them."""
-        maps = tokens.long().split([p * p for p in self.var.patch_nums], dim=1)     # K of (B, l)
-        each, right = self.var(labels, self.vae.var_input(maps), noise, tokens.long())
+        tokens = tokens.long()
+        maps = tokens.split([p * p for p in self.var.patch_nums], dim=1)        # K of (B, l)
+        each, right = self.var(labels, self.vae.var_input(maps), noise, tokens)
         loss = each.mean()
         # An accuracy of 4 to 6 % is normal.
         return loss, {'loss': loss.detach(), 'accuracy': right.float().mean()}, None
@@ -617,9 +618,9 @@ def main():
     vae = make_vae(args, state).to(device)
     var = VAR(args.sides, args.depth, len(classes), *vae.quantize.embedding.weight.shape).to(device)
     if args.compile:                                # one graph serves all blocks
-        var.run_block = torch.compile(var.run_block)
         with attempt('--compile', 'torch.compile wants a C++ compiler, on cuda Triton'):
             torch.compile(torch.sin)(torch.zeros(1, device=device))
+            var.run_block = torch.compile(var.run_block)
     if args.checkpointing:
         var.run_block = partial(checkpoint, var.run_block, use_reentrant=False)
     config = {k: v for k, v in vars(args).items() if k not in (*MACHINE, 'sides')}

@@ -62,7 +62,11 @@ def stage_of(make, args, folder, **more):
             old.unlink(missing_ok=True)
     torch.manual_seed(args.seed)
     stage = make()
-    train.train_stage(stage, args, state)                   # at its last step it only evaluates
+    if state['step'] < stage.steps:
+        train.train_stage(stage, args, state)
+    else:
+        for name in {'vae', 'var'} & {*state}:
+            getattr(stage, name).load_state_dict(state[name])
     return stage.eval().requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from raster import Raster                                                   # noqa: E402
 from sample import parse, pick_device, precision, ready, run                # noqa: E402
 from tokenizer import VQVAE                                                 # noqa: E402
-from var import VAR, Block                                                         # noqa: E402
+from var import VAR                                                         # noqa: E402
 
 # n_k of about a^(k-1), as the paper's appendix has it, for the grids of 8, 16, 24 and 32 tokens a side.
 GRIDS = {8: (1, 2, 3, 4, 6, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -94,8 +94,6 @@ def tokenizer_training(device, plain):
 def training(vae, d, given, device, rate, compiled):
     """One step's forward and backward, tokens given: seconds an image, share of the matrix rate."""
     var = VAR(depth=d).to(device).train()
-    if compiled:
-        var.run_block = torch.compile(var.run_block)
     maps = [torch.randint(4096, (given.batch, p * p), device=device) for p in var.patch_nums]
     labels, x, tokens = torch.randint(1000, (given.batch,), device=device), vae.var_input(maps), torch.cat(maps, dim=1)
 
@@ -105,13 +103,12 @@ def training(vae, d, given, device, rate, compiled):
         loss.mean().backward()
         var.zero_grad()
 
-    step()                                                      # compiles, where asked to
-    compiled, var.run_block = var.run_block, Block.__call__
-    with FlopCounterMode(display=False) as counter, precision(device):      # nothing is computed twice in this one
-        F.cross_entropy(var(labels, x).transpose(1, 2), tokens).backward()
-    var.run_block = compiled
-    taken = seconds(step, device)
-    return taken / given.batch, counter.get_total_flops() / taken / rate
+    with FlopCounterMode(display=False) as counter, precision(device):      # of one picture, nothing computed twice
+        F.cross_entropy(var(labels[:1], x[:1]).transpose(1, 2), tokens[:1]).backward()
+    if compiled:
+        var.run_block = torch.compile(var.run_block)
+    each = seconds(step, device) / given.batch
+    return each, counter.get_total_flops() / each / rate
 
 
 def drawing(vae, d, B, device):
@@ -167,8 +164,6 @@ def main():
         tokens = vae.encode(images)
         tell('tokenizer, batch 4', **{'s an image to encode': seconds(lambda: vae.encode(images), device) / 4,
                                       'to decode': seconds(lambda: vae.decode(tokens), device) / 4})
-    ours, plain = (tokenizer_training(device, plain) for plain in (False, True))
-    tell('training the tokenizer', **{'s an image': ours, 'in float32, channels first': plain, 'times as fast': plain / ours})
     for d in map(int, given.depths):
         for how in ('', ', compiled')[:1 + given.compile]:
             each, share = training(vae, d, given, device, rate, bool(how))
@@ -178,6 +173,8 @@ def main():
         for B in map(int, given.draw):
             whole, decoder = drawing(vae, d, B, device)
             tell(f'sampling d{d}, batch {B}', **{'s': whole, 's of it in the decoder': decoder, 'images/s': B / whole})
+    ours, plain = (tokenizer_training(device, plain) for plain in (False, True))
+    tell('training the tokenizer', **{'s an image': ours, 'in float32, channels first': plain, 'times as fast': plain / ours})
     grids = [int(n) for n in given.grids]
     times = np.array([rivals(given.rival, n, device) for n in grids])                   # (grids, 2)
     slopes = [np.polyfit(np.log(grids), np.log(column), 1)[0] for column in times.T]

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt                                             # no
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import var as var_module                                                    # noqa: E402
-from sample import Problem, load_models, parse, run, save_grid, to_tensor            # noqa: E402
+from judge import everything                                                # noqa: E402
+from sample import Problem, load_models, parse, run, save_grid, to_uint8     # noqa: E402
 from train import Options as Settings, read_data                            # noqa: E402
 
 
@@ -77,7 +78,7 @@ def scale_attention(vae, var, images, labels):
         var(labels, vae.var_input(vae.encode(images)))
     finally:
         var_module.attend = usual
-    return torch.stack(shares).view(-1, len(lengths), len(lengths))
+    return torch.stack(shares).view(-1, len(lengths), len(lengths)).flip(1)     # the last scale looks first
 
 
 @torch.no_grad()
@@ -89,15 +90,13 @@ def main():
     if var is None:
         raise Problem(f'{given.ckpt} has a tokenizer only')
     _, val, _ = read_data(Settings(data=given.data, size=vae.image_size))
-    batches = list(val.load(val.middles(given.n)))
-    pictures, indices = (torch.cat(x) for x in zip(*batches))
-    images, labels = to_tensor(pictures), torch.from_numpy(val.labels)[indices]
+    images, labels = everything(val, given.n)
 
     P, figure = vae.patch_nums[-1], plt.figure(figsize=(9, 5.5), constrained_layout=True)
     axes = figure.subplots(3, 5)
     for row, i in zip(axes, (0, given.n // 3, 2 * given.n // 3)):
         weights = encoder_attention(vae, images[i:i + 1])
-        row[0].imshow(pictures[i])
+        row[0].imshow(to_uint8(images[i:i + 1] / 2 + 0.5)[0])
         for axis, (y, x) in zip(row[1:], [(P // 4, P // 4), (P // 4, 3 * P // 4), (P // 2, P // 2), (3 * P // 4, P // 4)]):
             axis.imshow(weights[y * P + x].view(P, P))
             axis.plot(x, y, 'r+', ms=12)

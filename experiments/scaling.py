@@ -136,8 +136,10 @@ def main():
     device, ckpt = pick_device(given.device), read_weights(given.ckpt)
     base = {k: v for k, v in ckpt['config'].items() if k not in ('data', 'steps', 'batch', 'lr')}
     args = train.Options(**base, data=given.data, steps=given.steps, batch=given.batch)
-    args.device, args.workers, args.out = device, 1, given.out
+    args.device, args.workers, args.out, args.accumulate = device, 1, given.out, 1
     vae = VQVAE.from_state_dict(ckpt['vae'], ckpt['patch_nums']).to(device).eval().requires_grad_(False)
+    # Part of what a finished depth is recognised by: another tokenizer makes other tokens.
+    args.tokenizer = f'{given.ckpt} {vae.quantize.embedding.weight.sum().item()}'
     classes, V_z = ckpt['classes'], vae.quantize.embedding.weight.shape
     models, began = [], time.time()
     for d in map(int, given.depths):
@@ -150,7 +152,8 @@ def main():
             getattr(torch, device.type).synchronize()
             start = time.time()
             with precision(device):
-                loss = var(torch.zeros(args.batch, dtype=torch.long, device=device), vae.var_input(tokens))
+                labels = torch.zeros(args.batch, dtype=torch.long, device=device)
+                loss, _ = var(labels, vae.var_input(tokens), tokens=torch.cat(tokens, dim=1))
             loss.mean().backward()
             getattr(torch, device.type).synchronize()
         pace = (time.time() - start) / compute(var, args.batch)     # seconds a PFlop, at depth 4
