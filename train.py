@@ -69,7 +69,7 @@ class Options:
     # What follows does not define the run, and is not saved with it.
     workers: int = min(4, (os.cpu_count() or 1) - 1)    # processes that read pictures
     device: str = None              # cuda, mps or cpu; the best there is if not given
-    compile: bool = False           # torch.compile for stage 2, which then takes a quarter less
+    compile: bool = False           # torch.compile: half a minute, then up to a quarter faster
     checkpointing: bool = False     # compute the transformer's blocks twice: half the memory
     vgg: str = None                 # file of the VGG-16 weights, for a machine without internet
     out: Path = Path('.')           # folder of ckpt.pt, log.csv and pictures

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train                                                                # noqa: E402
 from ablation import stage_of                                               # noqa: E402
-from judge import frechet, make_judge                                       # noqa: E402
+from judge import everything, frechet, make_judge                           # noqa: E402
 from sample import parse, pick_device, precision, run, to_tensor            # noqa: E402
 
 
@@ -92,7 +92,10 @@ def main():
     judge, real = make_judge(*data, classes, given.judge_steps, 2000)
     runs = [('as it is', seed) for seed in range(given.seeds)] or [(name, 0) for name in CHOICES]
     K = len(args.patch_nums.split(','))
-    lines = ['| | PSNR, dB | SSIM | codes used | least used scale | distance |', '|---|---|---|---|---|---|']
+    half = K // 2 + 1                                                       # scales: how good is the picture so far?
+    few, _ = everything(data[1], 300)
+    lines = [f'| | PSNR, dB | after scale {half} | SSIM | codes used | least used scale | distance |',
+             '|---|---|---|---|---|---|---|']
     for name, seed in runs:
         change, settings = CHOICES[name]
         network = preset['network'] | {k: v for k, v in settings.items() if k == 'normalise'}
@@ -106,11 +109,13 @@ def main():
             return stage
 
         vae = stage_of(make, args, given.out / f'{name.replace(" ", "-").replace(",", "")}-{seed}').vae
-        with precision(device):
+        with precision(device), torch.no_grad():
             figures, rebuilt, *_ = train.grade_tokenizer(vae, data[1], args, 2000)
+            so_far = vae.decode_scales(vae.encode(few.to(device)))[half - 1].cpu()
+        early = -10 * ((so_far - few) / 2).square().mean((1, 2, 3)).log10().mean()
         features, _ = judge.look(to_tensor(rebuilt))
         worst = min(figures[f'usage {k}'] for k in range(1, K + 1))
-        lines.append(f'| {name}{f", seed {seed}" if given.seeds else ""} | {figures["PSNR"]:.2f} | {figures["SSIM"]:.3f} | '
+        lines.append(f'| {name}{f", seed {seed}" if given.seeds else ""} | {figures["PSNR"]:.2f} | {early:.2f} | {figures["SSIM"]:.3f} | '
                      f'{figures["codes used"]} of {figures["of"]} | {worst:.0%} | {frechet(features, real):.2f} |')
         print(lines[-1], flush=True)
         (given.out / ('seeds.md' if given.seeds else 'choices.md')).write_text('\n'.join(lines) + '\n')
