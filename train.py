@@ -91,7 +91,7 @@ PRESETS = {
     'cuda': dict(SMALL, depth=8, batch=256, tokenizer_steps=8000, steps=8000,
                  network=dict(SMALL['network'], ch=64)),
     'shapes': dict(SMALL, patch_nums='1,2,4,8', depth=3, lr=5e-3, steps=1500, tokenizer_steps=700,
-                   sampling=dict(cfg=3., top_k=10, top_p=1.),
+                   sampling=dict(cfg=4., top_k=20, top_p=1.),
                    network=dict(SMALL['network'], ch=16, vocab_size=256, z_channels=8)),
     64: dict(network=dict(ch=64, ch_mult=(1, 2, 4), vocab_size=2048)),
     128: dict(network=dict(ch=96, ch_mult=(1, 1, 2, 4))),
