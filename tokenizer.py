@@ -102,7 +102,7 @@ def all_processes(x):
     """x (B, ...) of every process, one after another: the whole batch."""
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x.contiguous()) for _ in range(dist.get_world_size())]
+    parts = [x.new_empty(x.shape) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
@@ -149,7 +149,7 @@ class Quantizer(nn.Module):
         phi = self.quant_resi['qresi_ls'][self.phi_of_scale[k]]
         h = z_k.float().transpose(1, 2).unflatten(2, (p, p))                    # (B, z, p, p)
         with torch.autocast(h.device.type, enabled=False):
-            h = F.interpolate(h, P, mode='bicubic') if p != P else h       # (B, z, P, P)
+            h = F.interpolate(h, P, mode='bicubic') if p != P else h            # (B, z, P, P)
             return f_hat + 0.5 * h + 0.5 * phi(h)
 
     def nearest(self, x):
