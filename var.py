@@ -213,8 +213,8 @@ class VAR(nn.Module):
                 x = block(x, modulation, self.ends)
         if tokens is None:
             return self.logits(x, *head)                                        # (B, L, V)
-        # 64 tokens at a time, with their logits made anew for the backward pass: those of all, in
-        # float32 and several times over, would be the largest tensors of a training step.
+        # 64 tokens at a time, with logits made anew for the backward pass: those of all, in float32
+        # and several times over, cost more than that (d6, batch 16: 0.43 s an image, not 0.35).
         def grade(x, r):
             logits = self.logits(x, *head)                                      # (B, 64, V)
             loss = F.cross_entropy(logits.flatten(0, 1), r.flatten(), reduction='none')
