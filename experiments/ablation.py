@@ -89,7 +89,9 @@ def main():
         tokenizers[kind] = Raster(vae) if kind == 'raster' else vae
 
     # Each row: its name, the run it draws from, kind of tokens, class, depth, options, sampling.
-    plain, k, both = dict(cfg=0.), dict(cfg=0., top_k=given.top_k), dict(cfg=given.cfg, top_k=given.top_k)
+    plain = dict(top_k=0, top_p=1., cfg=0.)
+    k = plain | dict(top_k=given.top_k)
+    both = k | dict(cfg=given.cfg)
     rows = [('raster-scan AR', 'ar', 'raster', PlainNorm, given.depth, False, plain),
             ('VAR, plain LayerNorm', 'plain', 'scales', PlainNorm, given.depth, False, plain),
             ('+ AdaLN', 'adaln', 'scales', VAR, given.depth, False, plain),
@@ -101,7 +103,7 @@ def main():
     for name, run_name, kind, model, depth, qk_norm, sampling in rows:
         vae = tokenizers[kind]
         if run_name not in done:
-            args.depth, args.sampling = depth, dict(top_k=0, top_p=1.) | sampling
+            args.depth, args.sampling = depth, sampling
             scales = vae.sides if kind == 'raster' else sides
 
             def make():
@@ -115,7 +117,7 @@ def main():
                 done[run_name] = var, train.grade_transformer(vae, var, tokens, labels, device)['loss']
         var, loss = done[run_name]
         began = time.time()
-        drawn = draw_each(vae, var, given.n, device, dict(top_k=0, top_p=1.) | sampling)
+        drawn = draw_each(vae, var, given.n, device, sampling)
         seconds = time.time() - began
         unit = unit or seconds
         right, distance = judge.grade(drawn, real)

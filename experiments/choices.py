@@ -109,9 +109,9 @@ def main():
             return stage
 
         vae = stage_of(make, args, given.out / f'{name.replace(" ", "-").replace(",", "")}-{seed}').vae
-        with precision(device), torch.no_grad():
+        with precision(device):
             figures, rebuilt, *_ = train.grade_tokenizer(vae, data[1], args, 2000)
-            so_far = vae.decode_scales(vae.encode(few.to(device)))[half - 1].cpu()
+            so_far = vae.decode(vae.encode(few.to(device))[:half]).cpu()
         early = -10 * ((so_far - few) / 2).square().mean((1, 2, 3)).log10().mean()
         features, _ = judge.look(to_tensor(rebuilt))
         worst = min(figures[f'usage {k}'] for k in range(1, K + 1))

@@ -78,14 +78,11 @@ def make_judge(train, val, classes, steps, n=5000):
     return judge, features
 
 
-@torch.no_grad()
 def draw_each(vae, var, n, device, sampling):
     """n pictures of each class, whose number is the seed: (classes, n, 3, H, W) in [-1, 1]."""
-    drawn = []
-    for c in range(var.num_classes):
-        with precision(device):
-            drawn.append(var.generate(vae, [c] * n, seed=c, **sampling).cpu() * 2 - 1)
-    return torch.stack(drawn)
+    with precision(device):
+        return torch.stack([var.generate(vae, [c] * n, seed=c, **sampling).cpu() * 2 - 1
+                            for c in range(var.num_classes)])
 
 
 def frechet(a, b):
