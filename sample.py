@@ -11,6 +11,7 @@ Also here, because train.py needs them too: errors, devices, checkpoints, pictur
 Letters: B pictures at once, N in all, H x W their pixels, K scales, P places a side of the last.
 """
 import argparse
+import atexit
 import inspect
 import os
 import shutil
@@ -89,6 +90,7 @@ def pick_device(name=None):
             torch.cuda.set_device(device)                      # for the collectives
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        atexit.register(dist.destroy_process_group)            # or its threads may abort the exit
     return device
 
 def rank_and_world():
