@@ -1,10 +1,10 @@
 """What each choice in the tokenizer's training is worth: all as they are but one, on the same pictures.
 
-    python experiments/choices.py --data cifar10                    # nine short runs
+    python experiments/choices.py --data cifar10                    # eleven short runs
     python experiments/choices.py --data cifar10 --seeds 5          # instead: five seeds of the defaults
 
 Each run has a folder of its own and goes on after an interruption. A small classifier learns the data first
-(judge.py); its distance is that of 2,000 rebuilt validation pictures to the originals. Writes choices.md.
+(judge.py); its distance is that of all validation pictures, rebuilt, to the originals. Writes choices.md.
 """
 import sys
 from dataclasses import dataclass
@@ -76,11 +76,13 @@ def gradient(stage):
     stage.move_codes = move_codes
 
 
+# Each choice: what to change in the stage, and in the settings or the sizes of the network.
 CHOICES = {
     'as it is': (nothing, {}), 'no restart of dead codes': (no_restart, {}),
     'no k-means start': (no_kmeans, {}), 'no scale dropout': (no_scale_dropout, {}),
     'quantized from the first step': (no_plain_start, {}), 'cosine look-up': (cosine, {}),
-    'codes moved by gradient': (gradient, {}), 'with group normalisation': (nothing, {'normalise': True}),
+    'codes moved by gradient': (gradient, {}), 'codes of 8 dimensions': (nothing, {'z_channels': 8}),
+    'codes of 4 dimensions': (nothing, {'z_channels': 4}), 'with group normalisation': (nothing, {'normalise': True}),
     'adversarial loss': (nothing, {'adversarial': 0.1})}
 
 
@@ -89,7 +91,8 @@ def main():
     device, preset = pick_device(given.device), train.SMALL
     args = train.Options(**preset | dict(data=given.data))
     *data, classes = train.read_data(args)
-    judge, real = make_judge(*data, classes, given.judge_steps, 2000)
+    n = len(data[1].items)
+    judge, real = make_judge(*data, classes, given.judge_steps, n)
     runs = [('as it is', seed) for seed in range(given.seeds)] or [(name, 0) for name in CHOICES]
     K = len(args.patch_nums.split(','))
     half = K // 2 + 1                                                       # scales: how good is the picture so far?
@@ -98,7 +101,7 @@ def main():
              '|---|---|---|---|---|---|---|']
     for name, seed in runs:
         change, settings = CHOICES[name]
-        network = preset['network'] | {k: v for k, v in settings.items() if k == 'normalise'}
+        network = {k: settings.get(k, v) for k, v in preset['network'].items()}
         args = train.Options(**preset | dict(data=given.data, network=network, tokenizer_steps=given.steps, seed=seed,
                                              adversarial=settings.get('adversarial', 0.)))
         args.device, args.workers, args.sides = device, 0, [int(p) for p in args.patch_nums.split(',')]
@@ -110,7 +113,7 @@ def main():
 
         vae = stage_of(make, args, given.out / f'{name.replace(" ", "-").replace(",", "")}-{seed}').vae
         with precision(device):
-            figures, rebuilt, *_ = train.grade_tokenizer(vae, data[1], args, 2000)
+            figures, rebuilt, *_ = train.grade_tokenizer(vae, data[1], args, n)
             so_far = vae.decode(vae.encode(few.to(device))[:half]).cpu()
         early = -10 * ((so_far - few) / 2).square().mean((1, 2, 3)).log10().mean()
         features, _ = judge.look(to_tensor(rebuilt))
