@@ -405,7 +405,7 @@ def grade_transformer(vae, var, tokens, labels, device):
 # ---- The two stages: what is trained, on what, and by which loss ----
 
 class TokenizerStage(nn.Module):
-    """Stage 1, equation (5). A module, so that DistributedDataParallel can hold all of it."""
+    """Stage 1, equation (5). A module, to be moved, switched and saved as one."""
     name, noises = 'tokenizer', 1
     plain = 0.25     # share of the steps before quantization sets in: an autoencoder to begin with
     progress = 0.    # of the stage, from 0 to 1, set by the loop
@@ -517,10 +517,7 @@ def train_stage(stage, args, state):
             optimizer.load_state_dict(state['optimizer'])
             for name, module in learned.items():
                 module.load_state_dict(state[name])
-    model, batches, stop, skipped = stage.train(), stage.batches(start), [], 0
-    if world > 1:
-        late = stage.name == 'tokenizer'            # phi and L_G have no part in its first steps
-        model = nn.parallel.DistributedDataParallel(stage, find_unused_parameters=late)
+    batches, stop, skipped = stage.train().batches(start), [], 0
     handlers = {number: signal.signal(number, lambda number, _: stop.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     began = saved = time.time()
@@ -556,10 +553,15 @@ def train_stage(stage, args, state):
         optimizer.zero_grad()
         for part in zip(*(x.to(args.device).chunk(args.accumulate) for x in (*batch, noise))):
             with precision(args.device):
-                loss, figures, usage = model(*part)
-            (loss / args.accumulate).backward()     # the mean over parts is that of the batch
+                loss, figures, usage = stage(*part)
+            (loss / args.accumulate / world).backward()     # parts add up to the batch's mean
             usages.append(usage)
         weights = [p for group in optimizer.param_groups for p in group['params']]      # no other
+        if world > 1:       # once a step, where DistributedDataParallel adds up after every part
+            gradients = [p.grad for p in weights if p.grad is not None]
+            dist.all_reduce(total := torch.cat([g.flatten() for g in gradients]))
+            for g, of_all in zip(gradients, total.split([g.numel() for g in gradients])):
+                g.copy_(of_all.view_as(g))
         finite = torch.nn.utils.clip_grad_norm_(weights, 2.0).isfinite()
         skipped = 0 if finite else skipped + 1
         if finite:
