@@ -90,7 +90,7 @@ def pick_device(name=None):
             torch.cuda.set_device(device)                      # for the collectives
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        atexit.register(dist.destroy_process_group)            # or its threads may abort the exit
+        atexit.register(dist.destroy_process_group)            # its threads may abort the exit
     return device
 
 def rank_and_world():
