@@ -559,8 +559,8 @@ def train_stage(stage, args, state):
             (loss / args.accumulate / world).backward()     # parts add up to the batch's mean
             usages.append(usage)
         weights = [p for group in optimizer.param_groups for p in group['params']]      # no other
-        # Added up here, once a step. DistributedDataParallel does it after every part, and keeps the
-        # process group for good: one of its threads sometimes aborted a process that had ended.
+        # Added up here, once a step. DistributedDataParallel does so after every part, and keeps
+        # the process group for good: its threads sometimes aborted a process that had ended.
         if world > 1:
             gradients = [p.grad for p in weights if p.grad is not None]
             dist.all_reduce(total := torch.cat([g.flatten() for g in gradients]))
