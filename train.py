@@ -1,27 +1,33 @@
-"""Trains both stages of VAR (Fig. 4), the tokenizer and then the transformer, into one ckpt.pt.
+"""Trains both stages of VAR (Fig. 4): the tokenizer, then the transformer, into one ckpt.pt.
 
-    python train.py                                    # built-in shapes: minutes on a CPU
-    python train.py --data cifar10                     # downloads CIFAR-10
-    python train.py --depth 6 --data ./imagenet        # train/<class>/*, val/<class>/* or <class>/*
-    python train.py --resume                           # goes on where ckpt.pt stopped
-    python train.py --eval ckpt.pt --data ./imagenet   # grades both models of a checkpoint
-    torchrun --nproc_per_node 8 train.py ...           # the same losses, shared by 8 processes
+    python train.py                                 # built-in shapes: minutes on a CPU
+    python train.py --data cifar10                  # downloads CIFAR-10
+    python train.py --depth 6 --data ./imagenet     # a folder of class folders, see README.md
+    python train.py --resume                        # continues from ckpt.pt
+    torchrun --nproc_per_node 8 train.py ...        # shares each batch among 8 processes
 
-Paper: equation (5) and Section 3.2 for stage 1, Fig. 4 and Section 4 for stage 2.
-Other than in the release: stage 2 sees every picture's middle, tokenized once, and no other crops;
-at all depths the learning rate ends at 0.01 of its peak and the weight decay stays 0.05.
-All that is random is a function of the seed and of a place in the run, and is drawn for the whole
-batch, of which a process takes its part. So a run that was killed and resumed ends, on a CPU, with
-the same bits as one that was not, and N processes train to the losses of one.
-B pictures a step, L tokens of all scales, l of one, K scales, V codes, N pictures in a set.
+Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
+Departures from the released recipe:
+- Stage 2 trains on tokens that are stored once: of the centre crop, and of --views random crops.
+- At every depth the learning rate decays to 0.01 of its peak, and the weight decay is 0.05.
+What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
+killed and resumed therefore ends with the same bits as one that was not. N processes train as one
+does, but for the dropout that each of them draws.
+
+Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales, V codes,
+z code dimension.
 """
+import argparse
+import csv
+import json
+import math
 import os
 import signal
 import sys
 import tarfile
 import time
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -33,113 +39,175 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from sample import (RELEASED, VERSION, Problem, attempt, crop, load_models, open_picture, parse,
-                    pick_device, precision, rank_and_world, read_weights, run, save_grid, to_tensor,
-                    to_uint8, write_whole)
-from tokenizer import VGG16, VQVAE, PatchDiscriminator, all_processes
-from var import VAR
+from tokenizer import (VQVAE, UserError, all_processes, conv3x3, crop, explain, make_grid, norm,
+                       open_image, save_image, to_tensor, to_uint8, write_file)
+from var import (PRECISIONS, RELEASED, UNLOADABLE, VAR, VERSION, Parser, best_precision, number,
+                 pick_device, precision, rank_and_world, read_checkpoint, run)
 
-# Addresses, and sha256 or the beginning of it, which torch.hub is content with.
+# Addresses of what users fetch, and their sha256 or its beginning (torch.hub checks either).
 VAE = ('https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth',
        '7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c')
-VGG = 'https://download.pytorch.org/models/vgg16-397923af.pth', '397923af'
+VGG = ('https://download.pytorch.org/models/vgg16-397923af.pth', '397923af')
 CIFAR10 = ('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
            'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
 
+SAVE_EVERY = 60         # seconds from one checkpoint to the next, at least,
+SAVE_SHARE = 0.05       # and so many that saving takes at most this share of the time
+
+# ---- Configuration ----
+
+
+def option(default, help, kind=str, saved=True):
+    """A field of Config that is also an option of the command line. kind converts its text; saved
+    is False where a resumed run may have another value."""
+    return field(default=default, metadata={'help': help, 'kind': kind, 'saved': saved})
+
+
+def parse_sides(text):
+    """'1,2,4' -> (1, 2, 4): the sides of the token maps, which have to rise."""
+    sides = tuple(int(part) for part in text.split(','))
+    if sides[0] < 1 or any(a >= b for a, b in zip(sides, sides[1:])):
+        raise argparse.ArgumentTypeError(f'{text}: the sides of the token maps have to rise')
+    return sides
+
+
+count, at_least_1, positive = number(int, 0), number(int, 1), number(float, 0, 1e6)
+
+
 @dataclass
-class Options:
-    """The options, as --name value, here with the values of 256 px; PRESETS has the others."""
-    data: str = 'shapes'            # or cifar10, its archive, or a folder of pictures
-    size: int = 256                 # side of the pictures; 32 for shapes and CIFAR-10
-    patch_nums: str = '1,2,3,4,5,6,8,10,13,16'      # sides of the scales
-    depth: int = 16                 # d: width 64 d, d heads, d blocks, equation (7)
-    tokenizer: str = 'train'        # train: one of its own; official: the released one; or a file
-    tokenizer_steps: int = 20000    # steps of stage 1
-    steps: int = 50000              # steps of stage 2
-    batch: int = 32                 # pictures a step, over all processes
-    accumulate: int = 4             # parts in which a process computes its batch, to save memory
-    tokenizer_lr: float = 1e-4      # peak learning rate of stage 1
-    lr: float = 0.                  # that of stage 2; 0: 1e-4 for 256 pictures a step (Section 4)
-    perceptual: float = 1.          # weight of L_P in equation (5)
-    adversarial: float = 0.5        # weight of L_G in equation (5), relative to the rest
-    seed: int = 0                   # of everything random
-    flip: bool = False              # mirror pictures left to right at random
-    network: dict = field(default_factory=dict)     # sizes of the VQVAE, from PRESETS alone
-    sampling: dict = field(default_factory=lambda: RELEASED['sampling'])    # as well; for sample.py
-    # What follows does not define the run, and is not saved with it.
-    workers: int = min(4, (os.cpu_count() or 1) - 1)    # processes that read pictures
-    device: str = None              # cuda, mps or cpu; the best there is if not given
-    compile: bool = False           # torch.compile: half a minute, then up to a quarter faster
-    checkpointing: bool = False     # compute the transformer's blocks twice: half the memory
-    vgg: str = None                 # file of the VGG-16 weights, for a machine without internet
-    out: Path = Path('.')           # folder of ckpt.pt, log.csv and pictures
-    resume: bool = False            # go on from ckpt.pt in --out; options given with it are changed
-    eval: Path = None               # grade this checkpoint instead of training
+class Config:
+    """Everything that defines a run, saved with its weights. The defaults are those of 256 px."""
+    data: str = option('shapes', 'shapes, cifar10, or a folder of images')
+    preset: str = option('', 'defaults to start from; else those of the data and the size')
+    size: int = option(256, 'side of the images: 32, 64, 128, 256 or 512', at_least_1)
+    classes: str = option('', 'use the first N classes of a folder, or the classes a,b,c')
+    limit: int = option(0, 'use at most so many images per class of a folder; 0: all', count)
+    patch_nums: tuple = option((1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+                               'sides of the token maps, as 1,2,4', parse_sides)
+    depth: int = option(16, 'd: width 64 d, d heads, d blocks, equation (7)', at_least_1)
+    saln: bool = option(False, 'share the AdaLN projection among the blocks, as at 512 px')
+    tokenizer: str = option('official', 'train one, use the official one, or that of a file')
+    init: str = option('', 'a file of weights to start from, for fine-tuning')
+    tokenizer_steps: int = option(20000, 'steps of stage 1', count)
+    tokenizer_batch: int = option(32, 'images per step of stage 1, of all processes', at_least_1)
+    tokenizer_micro_batch: int = option(8, 'images per forward pass of stage 1', at_least_1)
+    tokenizer_lr: float = option(1e-4, 'peak learning rate of stage 1', positive)
+    steps: int = option(50000, 'steps of stage 2, at most', count)
+    epochs: float = option(300., 'epochs of stage 2, at most; 0: no limit', positive)
+    batch: int = option(256, 'images per step of stage 2, of all processes', at_least_1)
+    micro_batch: int = option(8, 'images per forward pass of stage 2', at_least_1)
+    lr: float = option(0., 'peak learning rate of stage 2; 0: 1e-4 per 256 images, at least 1e-4',
+                       positive)
+    views: int = option(1, 'stored crops per image: the centre, then random ones', at_least_1)
+    flip: bool = option(False, 'mirror at random in stage 1, and every second view in stage 2')
+    perceptual: float = option(1., 'weight of L_P in equation (5)', positive)
+    adversarial: float = option(0.5, 'weight of L_G in equation (5), relative', positive)
+    seed: int = option(0, 'seed of everything random', count)
+    # Set by the presets alone: the sizes of the VQVAE, and the sampling that suits the model.
+    network: dict = field(default_factory=dict)
+    sampling: dict = field(default_factory=lambda: RELEASED['sampling'])
+    # What follows does not define the run.
+    out: Path = option(Path('.'), 'folder of ckpt.pt, model.pt, log.csv and images', Path, False)
+    resume: bool = option(False, 'continue from ckpt.pt in --out', bool, False)
+    device: str = option(None, 'cuda, mps or cpu; else the best there is', str, False)
+    precision: str = option(None, f'{", ".join(PRECISIONS)}; else the best there is', str, False)
+    workers: int = option(min(4, (os.cpu_count() or 1) - 1), 'processes that read images', count,
+                          False)
+    compile: bool = option(False, 'torch.compile the transformer in stage 2', bool, False)
+    checkpointing: bool = option(False, 'recompute blocks in the backward pass, to save memory',
+                                 bool, False)
+    vgg: str = option(None, 'file of the VGG-16 weights, without internet', str, False)
 
-SAVE_EVERY = 60                     # seconds
-MACHINE = 'workers', 'device', 'compile', 'checkpointing', 'vgg', 'out', 'resume', 'eval'
-# Batches are small at 32 px on a CPU, where steps count for more than pictures: in a minute of
-# autoencoding CIFAR-10, 27.1 dB with batches of 16, 25.5 dB with 32. So small a transformer wants
-# strong guidance: of 1,000 CIFAR-10 samples a classifier tells 71 % as the class asked for with
-# cfg 8 and top-k 100 (Frechet distance 132), 64 % with 4 and 100 (143), 66 % with 4 and 40 (167).
-# With z_channels 4 the first scale would use 62 % of the codes, not 15, but pictures suffer: after
-# 350 steps their reconstructions are at a distance of 35, not 24 (experiments/choices.py).
-SMALL = dict(size=32, patch_nums='1,2,3,4,6,8', depth=4, batch=16, accumulate=1, lr=3e-3,
-             tokenizer_lr=1e-3, perceptual=0., adversarial=0., tokenizer_steps=3400, steps=4500,
-             sampling=dict(cfg=8., top_k=100, top_p=1.),
-             network=dict(ch=32, ch_mult=(1, 2, 4), vocab_size=1024, z_channels=16, res_blocks=1,
-                          normalise=False))
+
+# The presets hold what differs from Config. At 32 px a CPU makes more of many small steps than of
+# few large ones: a minute of autoencoding CIFAR-10 ends at 27.1 dB with batches of 16, and at
+# 25.5 dB with 32. So small a transformer needs strong guidance: of 1,000 CIFAR-10 samples, 71 %
+# are classified correctly with cfg 8 and top-k 100, 64 % with 4 and 100, 66 % with 4 and 40.
+SMALL = dict(
+    size=32, patch_nums=(1, 2, 3, 4, 6, 8), depth=4, tokenizer='train',
+    perceptual=0., adversarial=0.,
+    tokenizer_steps=3400, tokenizer_batch=16, tokenizer_micro_batch=16, tokenizer_lr=1e-3,
+    steps=4500, epochs=0., batch=16, micro_batch=16, lr=3e-3,
+    sampling=dict(cfg=8., top_k=100, top_p=1.),
+    network=dict(ch=32, ch_mult=(1, 2, 4), vocab_size=1024, z_channels=16, res_blocks=1,
+                 normalise=False))
+SHAPES_PRESET = dict(
+    SMALL, patch_nums=(1, 2, 4, 8), depth=3, tokenizer_steps=700, steps=1500, lr=5e-3,
+    sampling=dict(cfg=4., top_k=20, top_p=1.),
+    network=dict(SMALL['network'], ch=16, vocab_size=256, z_channels=8))
+LARGE = dict(
+    SMALL, depth=8, tokenizer_steps=8000, tokenizer_batch=256, tokenizer_micro_batch=256,
+    steps=8000, batch=256, micro_batch=256, network=dict(SMALL['network'], ch=64))
 PRESETS = {
-    'cuda': dict(SMALL, depth=8, batch=256, tokenizer_steps=8000, steps=8000,
-                 network=dict(SMALL['network'], ch=64)),
-    'shapes': dict(SMALL, patch_nums='1,2,4,8', depth=3, lr=5e-3, steps=1500, tokenizer_steps=700,
-                   sampling=dict(cfg=4., top_k=20, top_p=1.),
-                   network=dict(SMALL['network'], ch=16, vocab_size=256, z_channels=8)),
-    64: dict(network=dict(ch=64, ch_mult=(1, 2, 4), vocab_size=2048)),
-    128: dict(network=dict(ch=96, ch_mult=(1, 1, 2, 4))),
-    256: dict(network=dict(ch=160, ch_mult=(1, 1, 2, 2, 4))),
-    512: dict(network=dict(ch=160, ch_mult=(1, 1, 2, 2, 4)), patch_nums='1,2,3,4,6,9,13,18,24,32')}
+    'shapes': SHAPES_PRESET,
+    '32': SMALL,
+    '32-gpu': LARGE,
+    '64': dict(size=64, tokenizer='train',
+               network=dict(ch=64, ch_mult=(1, 2, 4), vocab_size=2048)),
+    '128': dict(size=128, tokenizer='train', network=dict(ch=96, ch_mult=(1, 1, 2, 4))),
+    '256': dict(size=256, network=dict(ch=160, ch_mult=(1, 1, 2, 2, 4))),
+    '512': dict(size=512, network=dict(ch=160, ch_mult=(1, 1, 2, 2, 4)),
+                patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), saln=True)}
 
-def settings():
-    """The Options, and the checkpoint to go on from, or {}. Problem for what cannot be.
 
-    The command line comes before what a resumed run had, and that before the preset.
-    """
-    given, state = parse(Options, __doc__), {}
-    given['device'] = pick_device(given.get('device'))          # joins the other processes, too
-    ckpt = given.get('out', Path()) / 'ckpt.pt'
-    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'        # by torchrun
-    if 'resume' in given or restarted and ckpt.exists():
-        state = read_weights(ckpt)
-        if not isinstance(state.get('config'), dict) or state.get('version') != VERSION:
-            raise Problem(f'{ckpt} was not made by this train.py: nothing to resume')
-    given = dict(data='shapes') | state.get('config', {}) | given
-    folder = Path(given['data']).is_dir() and not cifar10_path(given['data'])
-    size = given.setdefault('size', 256 if folder else 32)      # CIFAR-10's files are no folder
-    if size not in (32, *PRESETS):
-        raise Problem(f'--size {size}: choose from 32, 64, 128, 256, 512')
-    kind = size if size > 32 else 'shapes' if given['data'] == 'shapes' else given['device'].type
-    args = Options(**PRESETS.get(kind, SMALL) | given)
-    args.lr = args.lr or 1e-4 * args.batch / 256                # Section 4
-    if args.tokenizer == 'official':
-        args.tokenizer = str(fetch(*VAE))
-    args.sides = [int(p) for p in args.patch_nums.split(',') if p.isdecimal()]
-    last = size // 2 ** (len(args.network['ch_mult']) - 1)      # the side of the latent, P
-    if min(args.depth, args.batch, args.accumulate, 1 + min(
-            args.steps, args.tokenizer_steps, args.seed, args.workers)) < 1:
-        raise Problem('--depth, --batch and --accumulate start at 1; steps, seed, workers at 0')
-    if args.batch % (rank_and_world()[1] * args.accumulate):
-        raise Problem(f'--batch {args.batch} is no multiple of processes times --accumulate')
-    if args.eval and rank_and_world()[1] > 1:
-        raise Problem('--eval is the work of one process')
-    if sorted({*args.sides} - {0}) != args.sides or args.sides[-1:] != [last]:
-        raise Problem(f'--patch-nums {args.patch_nums}: rising, to {last} at {size} px')
-    return args, state
+def parse():
+    """What the command line gives, as a dict; an option that is not given is not in it."""
+    parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        if 'help' not in f.metadata:
+            continue
+        name, text = '--' + f.name.replace('_', '-'), f.metadata['help']
+        if f.type is bool:
+            parser.add_argument(name, action='store_true', help=text)
+        else:
+            parser.add_argument(name, type=f.metadata['kind'], help=text, metavar='X')
+    return vars(parser.parse_args())
 
-# ---- Pictures to learn from ----
+
+def default_preset(data, size):
+    """The preset for the data and for the size that was asked for, or None for no size."""
+    if data == 'shapes' and size in (None, 32):
+        return 'shapes'
+    if size is not None:
+        return str(size)
+    is_folder = Path(data).is_dir() and cifar10_path(data) is None
+    return '256' if is_folder else '32'
+
+
+def make_config(given, saved):
+    """The Config of a run. The command line (given) comes first, then what a resumed run had
+    (saved), then the preset, then the defaults. UserError for values that do not fit together."""
+    known = {f.name for f in fields(Config)}
+    chosen = {name: value for name, value in saved.items() if name in known}
+    chosen.update(given)
+    data = chosen.setdefault('data', 'shapes')
+    if not chosen.get('preset'):
+        chosen['preset'] = default_preset(data, chosen.get('size'))
+    if chosen['preset'] not in PRESETS:
+        raise UserError(f'no preset for {chosen["preset"]}: choose from {", ".join(PRESETS)}')
+    preset = PRESETS[chosen['preset']]
+    config = Config(**{**preset, **chosen})
+    if config.size != preset['size']:
+        raise UserError(f'--size {config.size} does not fit --preset {config.preset}')
+    latent = config.size // 2 ** (len(config.network['ch_mult']) - 1)       # its side, P
+    if config.patch_nums[-1] != latent:
+        raise UserError(f'--patch-nums: the last side must be {latent} for preset {config.preset}')
+    if config.precision not in (None, *PRECISIONS):
+        raise UserError(f'--precision {config.precision}: choose from {", ".join(PRECISIONS)}')
+    _, world = rank_and_world()
+    if config.batch % world or config.tokenizer_batch % world:
+        raise UserError(f'--batch {config.batch} and --tokenizer-batch {config.tokenizer_batch} '
+                        f'must be multiples of the {world} processes')
+    if not config.lr:
+        config.lr = 1e-4 * max(1, config.batch / 256)                       # Section 4
+    return config
+
+
+# ---- Data: shapes, CIFAR-10, folders ----
 
 # The ten shapes: which points of the unit disc belong to each. A point is a complex number x + iy,
-# y downwards. A star is where at most one of the five lines between its tips has it outside.
+# y downwards. A point is in the star if it is outside of at most one of the lines between the tips.
 TURNS = np.exp(2j * np.pi * np.arange(5) / 5)
 SHAPES = {
     'disc': lambda z: abs(z) < .9,
@@ -153,507 +221,1022 @@ SHAPES = {
     'crescent': lambda z: (abs(z) < .95) & (abs(z - .45) > .8),
     'stripes': lambda z: (abs(z) < .95) & (abs(abs(z.imag) - .35) > .17)}
 
+
 def shapes(n, size=32, seed=0):
     """Ten kinds of drawn shapes: uint8 (n, size, size, 3) and their classes, int64 (n,).
 
-    One of four colours on black or white; colour, place, size and tilt are random, and a function
-    of the seed alone. Nine points a pixel say how much of it is covered, so that edges are smooth.
+    One of four colours on black or white. Colour, place, size and tilt are random and depend on the
+    seed alone. Nine points per pixel tell how much of it is covered, so that edges are smooth.
     """
     colours = np.array([(220, 40, 40), (240, 200, 40), (50, 170, 60), (50, 90, 220)])
-    rng, grid, inside = np.random.default_rng(seed), np.linspace(0, 1, 3 * size), [*SHAPES.values()]
-    labels, pictures = rng.integers(len(SHAPES), size=n), np.empty((n, size, size, 3), np.uint8)
-    for picture, label in zip(pictures, labels):
+    inside = list(SHAPES.values())
+    rng = np.random.default_rng(seed)
+    grid = np.linspace(0, 1, 3 * size)
+    labels = rng.integers(len(SHAPES), size=n)
+    images = np.empty((n, size, size, 3), np.uint8)
+    for image, label in zip(images, labels):
         front, back = rng.choice(colours), rng.choice([15, 245])
         radius, tilt = rng.uniform(.3, .42), rng.uniform(-.2, .2)
         x, y = rng.uniform(radius, 1 - radius, 2)
         points = ((grid - x) + 1j * (grid - y)[:, None]) / (radius * np.exp(1j * tilt))
-        share = inside[label](points).reshape(size, 3, size, 3).mean((1, 3))[..., None]
-        picture[:] = back + share * (front - back)                              # (size, size, 3)
-    return pictures, labels
+        covered = inside[label](points).reshape(size, 3, size, 3).mean((1, 3))
+        image[:] = back + covered[..., None] * (front - back)               # (size, size, 3)
+    return images, labels
+
 
 def fetch(address, sha256, folder=Path('data')):
-    """The file in folder, downloaded first if it is not there; kept if its checksum is right."""
+    """The path of a file in folder, downloaded first if it is not there.
+
+    Raises UserError without a network, or if the checksum is wrong: nothing is then left behind.
+    """
     path = folder / address.split('/')[-1]
-    if not path.exists() and os.environ.get('LOCAL_RANK', '0') == '0':      # one a machine
+    if not path.exists() and os.environ.get('LOCAL_RANK', '0') == '0':      # once per machine
         folder.mkdir(parents=True, exist_ok=True)
-        with attempt(f'cannot fetch {address}', f'no network or other content: bring it to {path}'):
+        with explain(f'cannot fetch {address}', (OSError, RuntimeError), f'bring it to {path}'):
             torch.hub.download_url_to_file(address, str(path), sha256, sys.stderr.isatty())
     if dist.is_initialized():
         dist.barrier()
     return path
 
+
 def cifar10_path(data):
-    """The archive or the folder of CIFAR-10's binary form that a path means, or None."""
-    for path in (Path(data) / x for x in ('', 'cifar-10-batches-bin', 'cifar-10-binary.tar.gz')):
-        if path.is_file() and path.name.endswith('.tar.gz') or (path / 'test_batch.bin').is_file():
+    """The archive or the folder of CIFAR-10 in binary form that a path means, or None."""
+    for name in ('', 'cifar-10-batches-bin', 'cifar-10-binary.tar.gz'):
+        path = Path(data) / name
+        if path.is_file() and path.name.endswith('.tar.gz'):
             return path
+        if (path / 'test_batch.bin').is_file():
+            return path
+    return None
+
 
 def cifar10(path):
     """Training set and validation set, each uint8 (N, 32, 32, 3) and int64 (N,), and the classes.
 
     A record is a label byte and 3 x 1024 bytes of red, green and blue rows. The archive is read in
-    memory, file by file and by name: nothing in it can land anywhere on the disk.
+    memory, file by file and by name: nothing in it can be written to the disk.
+    Raises UserError for a file that is not the whole of CIFAR-10.
     """
     names = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin', 'batches.meta.txt']
-    with attempt(f'{path} is not the whole binary CIFAR-10', 'fetch it again'):
+    damaged = (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error)
+    with explain(f'{path} is not the whole binary CIFAR-10', damaged, 'fetch it again'):
         if path.is_dir():
             files = {name: (path / name).read_bytes() for name in names}
         else:
             with tarfile.open(path) as tar:
-                files = {Path(m.name).name: tar.extractfile(m).read() for m in tar
-                         if Path(m.name).name in names}
-        *data, classes = (files[name] for name in names)
-        records = np.frombuffer(b''.join(data), np.uint8).reshape(-1, 3073)     # (60000, 3073)
-    pictures = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels, n = records[:, 0].astype(np.int64), len(records) // 6               # the sixth is val
-    return (pictures[:-n], labels[:-n]), (pictures[-n:], labels[-n:]), classes.decode().split()
+                files = {Path(member.name).name: tar.extractfile(member).read() for member in tar
+                         if Path(member.name).name in names}
+        batches = b''.join(files[name] for name in names[:6])
+        records = np.frombuffer(batches, np.uint8).reshape(-1, 3073)        # (60000, 3073)
+        classes = files['batches.meta.txt'].decode().split()
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = records[:, 0].astype(np.int64)
+    n = len(records) // 6                                       # the sixth batch is for validation
+    return (images[:-n], labels[:-n]), (images[-n:], labels[-n:]), classes
 
-def picture_folder(root):
-    """The same for a folder of class folders, with paths instead of pixels.
 
-    Where there is no val folder, every tenth picture of a class is held out, the second of fewer,
-    and where no class has a second one, every tenth of all.
-    Pictures right in the folder are one class. What begins with a dot is hidden, and no picture.
+LAYOUTS = ('expected are <class>/*, or train/<class>/* with or without val/<class>/*, or Tiny '
+           'ImageNet or ImageNet as distributed, or images alone')
+TRAIN_NAMES = ('train', 'training')
+VAL_NAMES = ('val', 'valid', 'validation', 'test')              # the first one that is there
+
+
+def subfolders(folder):
+    """Names of the subfolders that are not hidden, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != '.')
+
+
+def find_splits(root):
+    """The names of root's subfolders for training and for validation; None where there is none."""
+    by_name = {name.lower(): name for name in subfolders(root)}
+    train = [by_name[name] for name in TRAIN_NAMES if name in by_name]
+    val = [by_name[name] for name in VAL_NAMES if name in by_name]
+    return (train[0] if train else None), (val[0] if train and val else None)
+
+
+def images_below(root, folder):
+    """Image files at any depth below root / folder, sorted: names relative to root.
+
+    As a numpy array of bytes, which takes a tenth of the memory of a list of Path objects.
     """
-    def pictures(pattern):
-        return sorted(f for f in root.glob(pattern) if f.suffix.lower() in endings
-                      and not any(part[0] == '.' for part in f.relative_to(root).parts))
+    endings, names = tuple(Image.registered_extensions()), []
+    for path, folders, files in os.walk(os.path.join(root, folder), followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != '.')
+        relative = os.path.relpath(path, root)
+        names += [os.fsencode(os.path.join(relative, name)) for name in sorted(files)
+                  if name[0] != '.' and name.lower().endswith(endings)]
+    return np.array(names, dtype=np.bytes_)
 
-    root, endings = Path(root), Image.registered_extensions()
-    everything = pictures('train/*/*') or pictures('*/*') or pictures('*')      # one class
-    groups = {}
-    for f in everything:
-        groups.setdefault(f.parent.name, []).append(f)
-    number = {name: i for i, name in enumerate(sorted(groups))}
-    held_out = [f for group in groups.values() for f in group[9::10] or group[1:2]]
-    val = pictures('val/*/*') or held_out or everything[9::10] or everything[1:2]
-    train = sorted({*everything} - {*val})              # sorted: the same on every machine
-    if not train or not val:
-        raise Problem(f'--data {root}: no such folder, or not two pictures in it or in its folders')
-    if unknown := {f.parent.name for f in val} - {*number}:
-        raise Problem(f'{root / "val"}: class {min(unknown)} is not in train')
-    train, val = ((x, np.array([number[f.parent.name] for f in x])) for x in (train, val))
-    return train, val, list(number)
 
-def deaf(worker):
-    """Keeps Ctrl-C, and torchrun's signal to the whole group, from processes that read pictures."""
-    getattr(os, 'setpgrp', bool)()
+def by_class(root, folder):
+    """{class: names of images} of the class folders in root / folder. Without any, the images that
+    lie in it are the class ''."""
+    found = {name: images_below(root, os.path.join(folder, name))
+             for name in subfolders(root / folder)}
+    empty = [name for name, names in found.items() if len(names) == 0]
+    found = {name: names for name, names in found.items() if len(names) > 0}
+    if not found:
+        return {'': images_below(root, folder)}
+    if empty:
+        print(f'no images in these class folders, left out: {", ".join(empty)}')
+    return found
 
-def evenly(N, n):
-    """n of the indices below N, or all of them, evenly spread."""
-    return [i * N // min(n, N) for i in range(min(n, N))]
 
-class Pictures:
-    """A set of pictures, as arrays or paths, and their labels. One is asked for as (index, draw):
-    draw None gives its middle, a seed a random crop and, with flip, often its mirror image."""
-    def __init__(self, items, labels, size, flip=False):
-        self.items, self.labels, self.size, self.flip, self.named = items, labels, size, flip, set()
+def validation_images(root, folder, train):
+    """{class: names of images} of a validation folder; {} where they have no labels."""
+    found = by_class(root, folder)
+    annotations = root / folder / 'val_annotations.txt'
+    if annotations.exists():                                    # Tiny ImageNet: file, class, box
+        with open(annotations, newline='') as f:
+            class_of = {row[0]: row[1] for row in csv.reader(f, delimiter='\t')}
+        groups = {}
+        for name in np.concatenate(list(found.values())):
+            label = class_of.get(os.path.basename(os.fsdecode(name)), 'unknown')
+            groups.setdefault(label, []).append(name)
+        return {label: np.array(names) for label, names in groups.items()}
+    without_labels = '' in found
+    return {} if without_labels and '' not in train else found
+
+
+def hold_out(groups):
+    """Splits {class: names} for validation: every tenth image of a class, or the second one of a
+    small class; where every class has a single image, every tenth class."""
+    if all(len(names) == 1 for names in groups.values()):
+        held = list(groups)[9::10]
+        return ({name: groups[name] for name in groups if name not in held},
+                {name: groups[name] for name in held})
+    train, val = {}, {}
+    for name, names in groups.items():
+        held = np.arange(len(names)) % 10 == (9 if len(names) >= 10 else 1)
+        train[name], val[name] = names[~held], names[held]
+    return train, val
+
+
+def labelled(groups, names):
+    """{class: names of images} -> one array of names (N,), and labels (N,): places in names."""
+    present = [name for name in names if name in groups]
+    labels = [np.full(len(groups[name]), names.index(name)) for name in present]
+    return np.concatenate([groups[name] for name in present]), np.concatenate(labels)
+
+
+def read_folder(root, classes='', limit=0):
+    """Training set and validation set, each names of files (N,) and labels (N,); the classes; the
+    folder that the names are relative to; words for the classes. Prints what is used as what.
+
+    See LAYOUTS for what is understood; raises UserError for anything else.
+    """
+    root = asked = Path(root)
+    if not root.is_dir():
+        what = 'a file; unpack it first' if root.is_file() else 'no such folder'
+        raise UserError(f'--data {root}: {what}; {LAYOUTS}')
+    # Archives often unpack into a folder with a single folder in it.
+    while find_splits(root)[0] is None:
+        inner = subfolders(root)
+        if len(inner) != 1 or not subfolders(root / inner[0]):
+            break
+        root = root / inner[0]
+    train_folder, val_folder = find_splits(root)
+    train = by_class(root, train_folder or '.')
+    if not any(len(names) for names in train.values()):
+        packed = [*root.glob('**/*.parquet'), *root.glob('**/*.zip')]
+        hint = f'{packed[0].name} has to be unpacked into image files; ' if packed else ''
+        raise UserError(f'--data {asked}: no images in it; {hint}{LAYOUTS}')
+    used = f'{root / (train_folder or "")}: training'
+    val = validation_images(root, val_folder, train) if val_folder else {}
+    if val:
+        used += f'; {root / val_folder}: validation'
+    elif val_folder:
+        used += f'; {root / val_folder}: no labels, not used'
+    if classes:
+        names = sorted(train)
+        chosen = names[:int(classes)] if classes.isdecimal() else classes.split(',')
+        unknown = [name for name in chosen if name not in train]
+        if unknown:
+            raise UserError(f'--classes {unknown[0]}: no such class folder in {root}')
+        train = {name: train[name] for name in chosen}
+        val = {name: names for name, names in val.items() if name in train}
+    stray = sorted({*val} - {*train})
+    if stray:
+        raise UserError(f'{root / val_folder}: no training images of class {stray[0]}; {LAYOUTS}')
+    names = sorted(train)
+    if not val:
+        train, val = hold_out(train)
+        used += '; every tenth image of a class is held out for validation'
+    if limit:
+        train = {name: files[:limit] for name, files in train.items()}
+        val = {name: files[:limit] for name, files in val.items()}
+    if not any(map(len, train.values())) or not any(map(len, val.values())):
+        raise UserError(f'--data {asked}: fewer than two images; {LAYOUTS}')
+    print(used, flush=True)
+    sets = labelled(train, names), labelled(val, names)
+    if names == ['']:
+        names = [root.resolve().name]
+    return *sets, names, root, class_words(root, names)
+
+
+def class_words(root, names):
+    """What words.txt or LOC_synset_mapping.txt call each class; '' where nothing is known."""
+    words = {}
+    for path in (root / 'words.txt', root / 'LOC_synset_mapping.txt'):
+        if path.exists():
+            for line in path.read_text(errors='replace').splitlines():
+                name, _, word = line.strip().partition('\t' if '\t' in line else ' ')
+                words[name] = word
+    return [words.get(name, '') for name in names]
+
+
+def ignore_signals(worker):
+    """Keeps Ctrl-C, and torchrun's signal to the process group, from the processes that read."""
+    if hasattr(os, 'setpgrp'):
+        os.setpgrp()
+
+
+def spread(N, n):
+    """n of the indices below N, evenly spread; all of them if N is smaller."""
+    n = min(n, N)
+    return [i * N // n for i in range(n)]
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """A labelled set of images: uint8 (N, H, W, 3), or file names (N,) below a folder.
+
+    An item is asked for as (index, draw, mirror). draw: None for the centre crop, or the seed of a
+    random one. mirror: whether the image is flipped left to right.
+    """
+
+    def __init__(self, items, labels, size, folder=''):
+        self.items, self.labels, self.size, self.folder = items, labels, size, str(folder)
+        self.reported = set()       # files that could not be read
+
+    def __len__(self):
+        return len(self.items)
+
+    def path(self, index):
+        return os.path.join(self.folder, os.fsdecode(self.items[index]))
 
     def __getitem__(self, request):
-        """uint8 (size, size, 3), its index, and what could not be read: a list of messages.
-        The next good picture stands in for a bad one. If there is none, load() ends the run."""
-        (index, draw), size, bad = request, self.size, []
-        image = None if isinstance(self.items[index], Path) else Image.fromarray(self.items[index])
+        """uint8 (size, size, 3), its index, and the messages of the files that could not be read.
+
+        The next readable image takes the place of one that is not. If there is none, load() ends
+        the run.
+        """
+        index, draw, mirror = request
+        image, bad = None, []
         while image is None:
             try:
-                image = open_picture(self.items[index], size)
-            except Problem as e:
+                if self.items.ndim > 1:
+                    image = Image.fromarray(self.items[index])
+                else:
+                    image = open_image(self.path(index), self.size)
+            except UserError as e:
                 bad.append(str(e))
-                index = (index + 1) % len(self.items)
-                image = Image.new('RGB', (size, size)) if len(bad) == len(self.items) else None
-        # The paper's shorter side of 1.125 x size; but a small picture is not blown up to that.
-        short = min(max(min(image.size), size), round(1.125 * size))
-        rng = None if draw is None else np.random.default_rng(draw)     # a function of the draw
-        picture = crop(image, size, short, rng)                         # (size, size, 3)
-        return picture[:, ::-1] if rng and self.flip and rng.random() < 0.5 else picture, index, bad
+                index = (index + 1) % len(self)
+                if len(bad) == len(self):
+                    image = Image.new('RGB', (self.size, self.size))
+        # The release makes the shorter side 1.125 x size. Here a small image is not enlarged to it.
+        short = min(max(min(image.size), self.size), round(1.125 * self.size))
+        rng = np.random.default_rng(draw) if draw is not None else None
+        pixels = crop(image, self.size, short, rng)                         # (size, size, 3)
+        return pixels[:, ::-1] if mirror else pixels, index, bad
+
+    @staticmethod
+    def collate(items):
+        images, indices, bad = zip(*items)
+        return torch.from_numpy(np.stack(images)), torch.tensor(indices), sum(bad, [])
 
     def load(self, batches, workers=0):
-        """For each list of requests: pictures (B, size, size, 3), indices (B,). Names bad files."""
-        for items in torch.utils.data.DataLoader(self, batch_sampler=batches, collate_fn=list,
-                                                 num_workers=workers, worker_init_fn=deaf):
-            pictures, indices, bad = zip(*items)                                # B of each
-            for why in sorted({*sum(bad, [])} - self.named):
-                self.named.add(why)
-                print(f'skipped: {why} ({len(self.named)} so far)', file=sys.stderr, flush=True)
-            if len(self.named) == len(self.items):
-                raise Problem(f'none of the {len(self.items)} pictures can be read')
-            yield torch.from_numpy(np.stack(pictures)), torch.tensor(indices)   # uint8, int64
+        """For each list of requests: images (B, size, size, 3) uint8, and indices (B,).
 
-    def middles(self, n=sys.maxsize):
-        """Requests for the middles of n pictures, evenly spread over all, in batches of 50."""
-        requests = [(i, None) for i in evenly(len(self.items), n)]
+        Names each file that cannot be read once, on stderr. UserError if there is no other.
+        """
+        loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=workers,
+                                             collate_fn=self.collate, worker_init_fn=ignore_signals)
+        for images, indices, bad in loader:
+            for message in sorted({*bad} - self.reported):
+                self.reported.add(message)
+                print(f'skipped: {message} ({len(self.reported)} so far)', file=sys.stderr,
+                      flush=True)
+            if len(self.reported) == len(self):
+                raise UserError(f'none of the {len(self)} images can be read')
+            yield images, indices
+
+    def centres(self, n=sys.maxsize):
+        """Requests for the centre crops of n images, evenly spread, in batches of 50."""
+        requests = [(i, None, False) for i in spread(len(self), n)]
         return [requests[a:a + 50] for a in range(0, len(requests), 50)]
 
-def order(n, args, start, stop):
-    """For each step from `start`: (index, draw) of this process's part of the batch.
+    def some(self, n, workers=0):
+        """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,)."""
+        images, indices = zip(*self.load(self.centres(n), workers))
+        return torch.cat(images), torch.from_numpy(self.labels)[torch.cat(indices)]
 
-    The place of a picture in the run decides on both. Every epoch is one permutation of all n.
-    """
-    (rank, world), B = rank_and_world(), args.batch
-    epoch = lru_cache(2)(lambda e: np.random.default_rng((args.seed, e)).permutation(n))
-    for step in range(start, stop):
-        places = range(step * B + rank * B // world, step * B + (rank + 1) * B // world)
-        yield [(int(epoch(i // n)[i % n]), (args.seed, i)) for i in places]
 
-def read_data(args):
-    """Pictures to train on, Pictures to validate on, and the names of the classes of --data."""
-    path = fetch(*CIFAR10) if args.data == 'cifar10' else cifar10_path(args.data)
-    if args.data == 'shapes':
-        train, val, classes = shapes(8000, args.size, 1), shapes(1000, args.size, 2), [*SHAPES]
+def read_data(config):
+    """Two ImageSets, for training and validation, and the classes and words for them."""
+    path = fetch(*CIFAR10) if config.data == 'cifar10' else cifar10_path(config.data)
+    folder, words = '', None
+    if config.data == 'shapes':
+        train, val, classes = shapes(8000, seed=1), shapes(1000, seed=2), list(SHAPES)
     elif path:
         train, val, classes = cifar10(path)
     else:
-        train, val, classes = picture_folder(args.data)
-    return Pictures(*train, args.size, args.flip), Pictures(*val, args.size), classes
+        train, val, classes, folder, words = read_folder(config.data, config.classes, config.limit)
+    train = ImageSet(*train, config.size, folder)
+    val = ImageSet(*val, config.size, folder)
+    return train, val, classes, words or [''] * len(classes)
 
-@torch.no_grad()
-def tokenize(vae, pictures, args, name):
-    """All token maps of a set, once, (N, L) int16, with labels (N,): no step runs the encoder.
 
-    With its mirror images, where pictures are flipped. Those that cannot be read are left out.
-    Kept as tokens-<name>.npz in --out with a key of tokenizer and pictures: the next run, and one
-    that is resumed, find them there.
+def step_rows(n, batch, seed, start, stop):
+    """For each step from start: the rows of this process's part of the batch, [(row, place)].
+
+    Every epoch is one permutation of the n rows. A place in the run decides on its row, so that a
+    resumed run sees the same rows.
     """
-    (rank, world), found, path = rank_and_world(), {}, args.out / f'tokens-{name}.npz'
-    listed = [(str(f), *(os.stat(f)[6:9:2] if f.exists() else ())) if isinstance(f, Path) else
-              zlib.crc32(f.tobytes()) for f in pictures.items]         # sizes and times, or pixels
-    weights = [zlib.crc32(x.cpu().numpy().tobytes()) for x in vae.state_dict().values()]
-    labels, what = pictures.labels, (vae.patch_nums, pictures.size, pictures.flip)
-    key = zlib.crc32(repr((weights, listed, labels.tolist(), what)).encode())
-    with attempt(path, 'damaged: delete it'):
-        before = dict(np.load(path)) if path.exists() else {'key': None}
-    if all_processes(torch.tensor([before['key'] == key], device=args.device)).all():
-        return torch.from_numpy(before['tokens']), torch.from_numpy(before['labels'])
-    for batch, indices in pictures.load(pictures.middles()[rank::world], args.workers):
-        images = to_tensor(batch.to(args.device))                               # (B, 3, H, W)
-        sides = [images, images.flip(3)][:1 + pictures.flip]
-        maps = [torch.cat(vae.encode(x), dim=1).short().cpu() for x in sides]   # (B, L) each
-        # By index, so that what stands in for an unreadable picture is not counted twice.
-        found.update(zip(indices.tolist(), torch.stack(maps, dim=1).numpy()))
+    rank, world = rank_and_world()
+    epoch = lru_cache(2)(lambda e: np.random.default_rng((seed, e)).permutation(n))
+    for step in range(start, stop):
+        first = step * batch + rank * batch // world
+        places = range(first, first + batch // world)
+        yield [(int(epoch(place // n)[place % n]), place) for place in places]
+
+
+# ---- Stored tokens: stage 2 never runs the encoder ----
+
+
+def tokens_key(vae, images, views, flip):
+    """A number that changes with the tokenizer, the images, or how they are cropped."""
+    key = zlib.crc32(repr((vae.patch_nums, images.size, views, flip)).encode())
+    for weights in vae.state_dict().values():
+        key = zlib.crc32(weights.cpu().numpy().tobytes(), key)
+    if images.items.ndim > 1:
+        return zlib.crc32(np.ascontiguousarray(images.items).data, key)
+    for index in range(len(images)):
+        try:
+            about = os.stat(images.path(index))
+            key = zlib.crc32(b'%d %d' % (about.st_size, about.st_mtime_ns), key)
+        except OSError:                                         # it is reported when it is read
+            key = zlib.crc32(b'unreadable', key)
+    return zlib.crc32(images.items.data.tobytes(), key)
+
+
+def open_tokens(path, shape):
+    """The file of stored tokens, memory-mapped; made if it is not there, full of zeros."""
+    rank, world = rank_and_world()
+    if rank == 0 and not path.exists():
+        for old in path.parent.glob(path.name.rpartition('-')[0] + '-*.npy'):
+            old.unlink()                                # of another tokenizer or other images
+        part = path.with_suffix('.part')
+        np.lib.format.open_memmap(part, 'w+', np.int16, shape).flush()
+        part.replace(path)
     if world > 1:
-        dist.all_gather_object(parts := [None] * world, found)
-        found = {i: maps for part in parts for i, maps in part.items()}
-    kept = sorted(found)                                # so the number of processes changes nothing
-    tokens, labels = np.concatenate([found[i] for i in kept]), labels[kept]
-    labels = labels.repeat(1 + pictures.flip)
-    if rank == 0:
-        write_whole(path, lambda f: np.savez(f, key=key, tokens=tokens, labels=labels))
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
+        dist.barrier()
+    with explain(path, (OSError, ValueError), 'delete it'):
+        return np.lib.format.open_memmap(path, 'r+')
 
-# ---- How good the two models are ----
-
-def ssim(a, b):
-    """Structural similarity of pictures (B, 3, H, W) in [0, 1], Wang et al. 2004: (B,).
-
-    On the CPU. Gaussian window of 11 pixels, sigma 1.5; float64, as variances are differences.
-    """
-    g = (-torch.arange(-5, 6).double() ** 2 / 4.5).exp()
-    window = (g[:, None] * g / g.sum() ** 2).expand(3, 1, 11, 11)
-    x, y, xx, yy, xy = (F.conv2d(t.double(), window, groups=3) for t in (a, b, a * a, b * b, a * b))
-    alike = (2 * x * y + 1e-4) * (2 * (xy - x * y) + 9e-4)
-    return (alike / ((x * x + y * y + 1e-4) * (xx - x * x + yy - y * y + 9e-4))).mean((1, 2, 3))
 
 @torch.no_grad()
-def grade_tokenizer(vae, pictures, args, n):
-    """Figures of the tokenizer on n of the pictures, as a dict; those pictures rebuilt, uint8
-    (n, H, W, 3), their tokens (n, L) and labels (n,).
+def tokenize(vae, images, config, name, views=1):
+    """Tokens of all images and their labels: memory-mapped int16 (N, views, L), and int64 (N,).
 
-    Draws reconstructions.png: eight of them, and below what is rebuilt after each scale.
-
-    PSNR in dB, SSIM, L1 (of 0 to 1), entropy in bits, and use of the codebook: `usage k` is the
-    share of what scale k could use at most, which is all codes, or its own tokens if fewer.
+    The first view is the centre crop, the others are random ones; with flip, every second view is
+    mirrored. Stored is token + 1, or -1 for a file that cannot be read, and 0 for what is still to
+    be made: the file tokens-<name>-<key>.npy in --out grows while it is made, and a run that was
+    killed continues where it was.
     """
-    batch, _ = next(pictures.load(pictures.middles(8)))                         # (8, H, W, 3)
-    scales = vae.decode_scales(vae.encode(to_tensor(batch.to(args.device))))    # K of (8, 3, H, W)
-    save_grid(args.out / 'reconstructions.png',
-              [batch.numpy(), *(to_uint8(x / 2 + 0.5) for x in scales)])
-    scores, found, l = [], [], torch.tensor(vae.patch_nums) ** 2                # (K,)
-    for batch, indices in pictures.load(pictures.middles(n), args.workers):
-        images = to_tensor(batch.to(args.device))                               # (B, 3, H, W)
-        tokens = vae.encode(images)                                             # K of (B, l)
-        a, b = (x.cpu() / 2 + 0.5 for x in (images, vae.decode(tokens)))        # in [0, 1]
-        psnr = -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()  # (B,)
-        scores.append(torch.stack([psnr, ssim(a, b), (a - b).abs().mean((1, 2, 3))]))
-        maps = torch.cat(tokens, dim=1).cpu()                                   # (B, L)
-        found.append((torch.from_numpy(to_uint8(b)), maps, indices))
-    psnr, similar, l1 = torch.cat(scores, dim=1).mean(1).tolist()               # means of (3, n)
-    rebuilt, tokens, indices = (torch.cat(parts) for parts in zip(*found))
-    hits = vae.quantize.count(tokens.split(l.tolist(), dim=1))                  # (K, V)
-    V = hits.shape[1]
-    usage = (hits > 0).sum(1) / hits.sum(1).clamp_max(V)                        # (K,)
-    bits = (l[:, None] * torch.special.entr(hits / hits.sum(1, keepdim=True))).sum() / np.log(2)
-    return {'PSNR': psnr, 'SSIM': similar, 'L1': l1, 'codes used': (hits.sum(0) > 0).sum().item(),
-            'of': V, 'bits a token': bits.item() / l.sum().item(), 'bits an image': bits.item(),
-            **{f'usage {k}': u for k, u in enumerate(usage.tolist(), 1)}
-            }, rebuilt.numpy(), tokens, torch.from_numpy(pictures.labels)[indices]
+    (rank, world), L = rank_and_world(), sum(p * p for p in vae.patch_nums)
+    key = tokens_key(vae, images, views, config.flip)
+    config.out.mkdir(parents=True, exist_ok=True)
+    stored = open_tokens(config.out / f'tokens-{name}-{key:08x}.npy', (len(images), views, L))
+    missing = np.flatnonzero(stored[:, 0, 0] == 0)[rank::world]
+    batches = [missing[start:start + 50] for start in range(0, len(missing), 50)]
 
-@torch.no_grad()
-def grade_transformer(vae, var, tokens, labels, device):
-    """Loss in nats and share of wrong tokens (Section 5.2) on tokens (N, L) and labels (N,).
+    def requests():
+        for batch in batches:
+            centres = [(int(i), None, False) for i in batch]
+            for view in range(1, views):
+                mirror = config.flip and view % 2 == 1
+                centres += [(int(i), (config.seed, view, int(i)), mirror) for i in batch]
+            yield centres
 
-    A dict: over all scales alike, for the last scale, and for each scale.
+    began = time.time()
+    for done, (wanted, (pixels, indices)) in enumerate(
+            zip(batches, images.load(requests(), config.workers)), start=1):
+        parts = [to_tensor(part.to(config.device)) for part in pixels.split(len(wanted))]
+        rows = torch.stack([torch.cat(vae.encode(part), dim=1) for part in parts], dim=1)
+        rows = rows.cpu().numpy().astype(np.int16) + 1                      # (50, views, L)
+        rows[indices[:len(wanted)].numpy() != wanted] = -1      # another image took the place
+        # The element that tells whether an image is done is written last.
+        stored[wanted, :, 1:] = rows[:, :, 1:]
+        stored[wanted, 1:, 0] = rows[:, 1:, 0]
+        stored[wanted, 0, 0] = rows[:, 0, 0]
+        if rank == 0 and done % 40 == 0:
+            left = (time.time() - began) / done * (len(batches) - done)
+            print(f'tokens of {name}: {50 * done} of {len(missing)} images, {left:.0f} s left',
+                  flush=True)
+    stored.flush()
+    if world > 1:
+        dist.barrier()
+    return stored, images.labels
+
+
+def readable(stored):
+    """Which rows of stored tokens (N, views, L), flattened to (N * views), hold tokens."""
+    return np.flatnonzero(stored[:, :, 0].reshape(-1) > 0)
+
+
+# ---- The learned losses of equation (5) ----
+
+
+class VGG16(nn.Module):
+    """L_P: the distance of two images in the features of a VGG-16 that was trained on ImageNet.
+
+    LPIPS without its learned weights: features of five depths, of unit length at every place.
+    weights: a dict, torchvision's vgg16-397923af.pth. RuntimeError if it is another one.
     """
-    loss, wrong, scales, figures = 0, 0, [p * p for p in var.patch_nums], {}
-    for maps, label in zip(tokens.to(device).long().split(25), labels.to(device).split(25)):
-        each, right = var(label, vae.var_input(maps.split(scales, dim=1)), tokens=maps)     # (B, L)
-        loss += each.sum(0) / len(tokens)                                       # (L,)
-        wrong += (~right).sum(0) / len(tokens)                                  # (L,)
-    for name, x in ('loss', loss), ('error', wrong):
-        each = [part.mean().item() for part in x.split(scales)]
-        figures |= {name: x.mean().item(), f'{name} last': each[-1]}
-        figures |= {f'{name} {k}': v for k, v in enumerate(each, 1)}
-    return figures
+    WIDTHS = (64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool',
+              512, 512, 512, 'pool')
+
+    def __init__(self, weights):
+        super().__init__()
+        layers, c = [], 3
+        for width in self.WIDTHS:
+            if width == 'pool':
+                layers += [nn.MaxPool2d(2)]
+            else:
+                layers += [conv3x3(c, width), nn.ReLU()]
+                c = width
+        self.layers = nn.Sequential(*layers).requires_grad_(False)
+        convs = {name.removeprefix('features.'): value for name, value in weights.items()
+                 if name.startswith('features.')}
+        self.layers.load_state_dict(convs)
+        self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer('deviation', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def features(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> five maps of unit vectors."""
+        x, found = (images / 2 + 0.5 - self.mean) / self.deviation, []
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):                 # a depth ends
+                found.append(F.normalize(x.float(), dim=1))
+            x = layer(x)
+        return found
+
+    def forward(self, rebuilt, images):
+        """Images (B, 3, H, W) in [-1, 1], twice -> their mean distance, a scalar."""
+        with torch.no_grad():                                   # the real images need no gradient
+            real = self.features(images)
+        pairs = zip(self.features(rebuilt), real)
+        return sum((f - g).square().sum(1).mean() for f, g in pairs) / 5
+
+
+class PatchDiscriminator(nn.Sequential):
+    """(B, 3, H, W) -> (B, 1, H/8, W/8): a score per patch, above 0 for real, below for rebuilt."""
+
+    def __init__(self, ch=64):
+        layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c in (ch, 2 * ch):
+            layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), norm(2 * c), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, conv3x3(4 * ch, 1))
+
+
+class AdversarialLoss(nn.Module):
+    """lambda_G L_G of (5): the hinge loss of a patch discriminator, with the weight of VQGAN.
+
+    lambda_G makes the adversarial gradient at the decoder's last layer `share` times as long as
+    that of the other losses. It is that of the whole batch before, of all micro-batches and
+    processes, because this batch's is known only after its last micro-batch.
+    """
+
+    def __init__(self, share, last_layer):
+        super().__init__()
+        self.share = share
+        self.disc = PatchDiscriminator()
+        self.register_buffer('weight', torch.zeros(()))                     # lambda_G
+        # Sums over the micro-batches of one step, and so not part of a checkpoint.
+        self.register_buffer('pull', torch.zeros_like(last_layer), persistent=False)
+        self.register_buffer('push', torch.zeros_like(last_layer), persistent=False)
+
+    def forward(self, images, rebuilt, others, last_layer, part):
+        """The loss to minimise, of decoder and discriminator at once, a scalar.
+
+        images, rebuilt (B, 3, H, W); others: the sum of the other losses, a scalar; part: the share
+        of this micro-batch in the batch.
+        """
+        # For the decoder the discriminator's weights are constants, and the other way round, so
+        # that one optimizer and one backward pass serve both.
+        constants = {name: p.detach() for name, p in self.disc.named_parameters()}
+        fool = -torch.func.functional_call(self.disc, constants, rebuilt).mean()
+        real, fake = self.disc(images), self.disc(rebuilt.detach())
+        judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
+        # The factor keeps small gradients from vanishing in float16; their ratio is the same.
+        for loss, total in ((others, self.pull), (fool, self.push)):
+            (gradient,) = torch.autograd.grad(4096 * loss, last_layer, retain_graph=True)
+            total += part * gradient
+        return self.weight * fool + judge
+
+    @torch.no_grad()
+    def after_step(self):
+        """Sets lambda_G for the next step, from the gradients of the whole batch."""
+        for total in (self.pull, self.push):
+            if dist.is_initialized():
+                dist.all_reduce(total)
+        weight = self.share * self.pull.norm() / (self.push.norm() + 1e-4)
+        self.weight.copy_(torch.where(weight.isfinite(), weight.clamp_max(1e4), self.weight))
+        self.pull.zero_()
+        self.push.zero_()
+
 
 # ---- The two stages: what is trained, on what, and by which loss ----
 
-class TokenizerStage(nn.Module):
-    """Stage 1, equation (5). A module, to be moved, switched and saved as one."""
-    name, noises = 'tokenizer', 1
-    plain = 0.25     # share of the steps before quantization sets in: an autoencoder to begin with
-    progress = 0.    # of the stage, from 0 to 1, set by the loop
 
-    def __init__(self, args, vae, train, val):
+class TokenizerStage(nn.Module):
+    """Stage 1 of Fig. 4: the VQVAE, by equation (5)."""
+    name = 'tokenizer'
+    # The first quarter of the steps trains an autoencoder without quantization; the last quarter
+    # has the adversarial loss, when the other losses have levelled off.
+    quantize_from, adversarial_from = 0.25, 0.75
+
+    def __init__(self, config, vae, train, val):
         super().__init__()
-        self.args, self.vae, self.train_set, self.val_set = args, vae, train, val
-        self.steps, self.lr = args.tokenizer_steps, args.tokenizer_lr
-        self.disc = PatchDiscriminator() if args.adversarial else None
-        self.vgg = None
-        if args.perceptual:
-            file = args.vgg or fetch(*VGG)
-            with attempt(f'{file}', 'not the VGG-16 weights of torchvision, see --vgg'):
-                self.vgg = VGG16(read_weights(file))
+        self.config, self.vae, self.train_set, self.val_set = config, vae, train, val
+        self.steps, self.lr = config.tokenizer_steps, config.tokenizer_lr
+        self.batch, self.micro_batch = config.tokenizer_batch, config.tokenizer_micro_batch
+        self.rows = len(train)          # what one epoch consists of
+        self.step = 0                   # set by the loop
+        self.usage = []                 # tokens and vectors of the micro-batches of a step
+        self.val_images = None
+        self.vgg = self.adversarial = None
+        if config.perceptual:
+            path = config.vgg or fetch(*VGG)
+            with explain(f'{path} is not the VGG-16 of torchvision', UNLOADABLE, 'see --vgg'):
+                self.vgg = VGG16(read_checkpoint(path))
+        if config.adversarial:
+            self.adversarial = AdversarialLoss(config.adversarial, self.last_layer)
+
+    @property
+    def last_layer(self):
+        return self.vae.decoder.conv_out.weight
+
+    def learned(self):
+        """What a checkpoint of this stage holds."""
+        modules = {'vae': self.vae, 'adversarial': self.adversarial}
+        return {name: module for name, module in modules.items() if module is not None}
 
     def batches(self, start):
-        requests = order(len(self.train_set.items), self.args, start, self.steps)
-        return ((pictures,) for pictures, _ in self.train_set.load(requests, self.args.workers))
+        config = self.config
 
-    def forward(self, pictures, noise):
-        """The loss, figures to show, and the use of codes, for move_codes()."""
-        images = to_tensor(pictures)                                            # (B, 3, H, W)
-        rebuilt, quantizer, usage = self.vae(images, noise[:, 0], self.progress >= self.plain)
-        mse = F.mse_loss(rebuilt, images)                                       # the first of (5)
-        loss = mse + 0.2 * F.l1_loss(rebuilt, images)
-        figures = {'PSNR': -10 * torch.log10(mse.detach() / 4), 'quantizer': quantizer.detach()}
-        if self.vgg:
-            loss = loss + self.args.perceptual * self.vgg(rebuilt, images)      # lambda_P L_P
-        if self.disc and self.progress >= 0.75:      # late: once the other losses have levelled off
-            fool, judge = self.disc.losses(images, rebuilt)
-            # As much pull on the last layer as all other losses have together (VQGAN).
-            pull, push = (torch.autograd.grad(x, self.vae.decoder.conv_out.weight,
-                                              retain_graph=True)[0].norm() for x in (loss, fool))
-            weight = self.args.adversarial * (pull / (push + 1e-4)).clamp_max(1e4)
-            loss = loss + weight * fool + judge                                 # lambda_G L_G
-            figures['adversarial'] = judge.detach()
-        return loss + quantizer, figures, usage                                 # the second of (5)
+        def requests():
+            for rows in step_rows(self.rows, self.batch, config.seed, start, self.steps):
+                draws = [(row, (config.seed, place)) for row, place in rows]
+                yield [(row, draw, config.flip and np.random.default_rng(draw).random() < 0.5)
+                       for row, draw in draws]
 
-    def move_codes(self, usages):
-        """Once a step, for all parts of its batch. While quantized steps are few their average is
-        over all of them, as k-means would have it."""
-        t = (self.progress - self.plain) * self.steps
-        tokens, vectors = (torch.cat(parts) for parts in zip(*usages))          # (B, L), (B, L, z)
-        self.vae.quantize.update(tokens, vectors, decay=min(0.98, t / (t + 1)))
+        for images, _ in self.train_set.load(requests(), config.workers):
+            yield (images,)
+
+    def forward(self, images):
+        """uint8 (B, H, W, 3) -> the loss (5), a scalar, and figures to show."""
+        images = to_tensor(images)                                          # (B, 3, H, W)
+        if self.step < self.quantize_from * self.steps:
+            rebuilt, quantizer = self.vae.to_image(self.vae.to_latent(images)), 0.
+        else:
+            rebuilt, quantizer, *usage = self.vae(images)
+            self.usage.append(usage)
+        mse = F.mse_loss(rebuilt, images)                                   # || im - im_hat ||
+        loss = mse + 0.2 * F.l1_loss(rebuilt, images) + quantizer           # + || f - f_hat ||
+        figures = {'PSNR': -10 * torch.log10(mse.detach() / 4)}             # of values in [-1, 1]
+        if self.vgg is not None:
+            loss = loss + self.config.perceptual * self.vgg(rebuilt, images)    # lambda_P L_P
+        if self.adversarial is not None and self.step >= self.adversarial_from * self.steps:
+            part = len(images) / self.batch
+            loss = loss + self.adversarial(images, rebuilt, loss, self.last_layer, part)
+        return loss, figures
+
+    def after_step(self):
+        """Moves the codebook, with the vectors of all micro-batches. In the first quantized steps
+        the average is over all of them, as in k-means; later it is an EMA with decay 0.98."""
+        if self.usage:
+            t = self.step - self.quantize_from * self.steps
+            tokens = torch.cat([tokens for tokens, _ in self.usage])        # (B, L)
+            vectors = torch.cat([vectors for _, vectors in self.usage])     # (B, L, z)
+            self.vae.quantize.update(tokens, vectors, decay=min(0.98, t / (t + 1)))
+            self.usage.clear()
+        if self.adversarial is not None and self.step >= self.adversarial_from * self.steps:
+            self.adversarial.after_step()
 
     @torch.no_grad()
     def evaluate(self):
-        """Figures on a thousand pictures; draws eight of them, and what is made of them."""
-        return grade_tokenizer(self.vae, self.val_set, self.args, 1000)[0]
+        """PSNR and codebook usage on validation images. Writes reconstructions.png: eight images,
+        and below each its reconstructions from 1, 2, ... K scales."""
+        vae, device = self.vae, self.config.device
+        if self.val_images is None:             # read once, in the first evaluation
+            n = 1000 if self.config.size <= 64 else 200
+            self.val_images, _ = self.val_set.some(n, self.config.workers)      # (n, H, W, 3)
+        images = self.val_images
+        few = images[spread(len(images), 8)]
+        scales = vae.decode_scales(vae.encode(to_tensor(few.to(device))))   # K of (8, 3, H, W)
+        rows = [few.numpy(), *(to_uint8(x / 2 + 0.5) for x in scales)]
+        save_image(self.config.out / 'reconstructions.png', [make_grid(rows)])
+        psnr, hits = [], 0
+        for part in images.split(50):
+            part = to_tensor(part.to(device))                               # (B, 3, H, W)
+            tokens = vae.encode(part)
+            mse = (vae.decode(tokens) - part).square().mean((1, 2, 3))      # (B,)
+            psnr.append(-10 * (mse / 4).clamp_min(1e-10).log10())
+            hits = hits + vae.quantize.count(torch.cat(tokens, dim=1))      # (K, V)
+        used = (hits.sum(0) > 0).float().mean()
+        return {'PSNR': torch.cat(psnr).mean().item(), 'codebook usage': used.item()}
+
 
 class TransformerStage(nn.Module):
-    """Stage 2: cross-entropy over the tokens of all scales alike, under the mask of Fig. 4.
+    """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales.
 
-    train and val are pairs of tokens (N, L) and labels (N,), as tokenize() returns them.
+    train and val: stored tokens (N, views, L) and labels (N,), as tokenize() returns them.
     """
     name = 'transformer'
 
-    def __init__(self, args, vae, var, train, val):
+    def __init__(self, config, vae, var, train, val):
         super().__init__()
-        self.args, self.train_set, self.val_set, self.vae, self.var = args, train, val, vae, var
-        self.steps, self.lr, self.noises = args.steps, args.lr, 1 + 2 * len(var.blocks)
+        self.config, self.vae, self.var = config, vae, var
+        self.train_set, self.val_set = train, val
+        self.lr, self.batch, self.micro_batch = config.lr, config.batch, config.micro_batch
+        self.readable = readable(train[0])
+        self.rows = len(self.readable)  # what one epoch consists of
+        self.step = 0                   # set by the loop
+        self.steps = config.steps
+        if config.epochs:
+            self.steps = min(config.steps, math.ceil(config.epochs * self.rows / self.batch))
+
+    def learned(self):
+        return {'var': self.var}
+
+    def fetch_rows(self, stored_set, rows):
+        """Tokens (n, L) int64 and labels (n,) of rows of the flattened (N * views)."""
+        (stored, labels), views = stored_set, stored_set[0].shape[1]
+        tokens = stored.reshape(-1, stored.shape[2])[rows].astype(np.int64) - 1
+        return torch.from_numpy(tokens), torch.from_numpy(labels[rows // views])
 
     def batches(self, start):
-        for requests in order(len(self.train_set[0]), self.args, start, self.steps):
-            yield [x[[i for i, _ in requests]] for x in self.train_set]
+        for rows in step_rows(self.rows, self.batch, self.config.seed, start, self.steps):
+            yield self.fetch_rows(self.train_set, self.readable[[row for row, _ in rows]])
 
-    def forward(self, tokens, labels, noise):
-        """The loss, figures to show, and no use of codes: they stay as stage 1 left them."""
-        tokens = tokens.long()
-        maps = tokens.split([p * p for p in self.var.patch_nums], dim=1)        # K of (B, l)
-        each, right = self.var(labels, self.vae.var_input(maps), noise, tokens)
-        loss = each.mean()
-        # An accuracy of 4 to 6 % is normal.
-        return loss, {'loss': loss.detach(), 'accuracy': right.float().mean()}, None
+    def forward(self, tokens, labels):
+        """tokens (B, L), labels (B,) -> the loss in nats per token, a scalar, and figures."""
+        maps = tokens.split([p * p for p in self.var.patch_nums], dim=1)    # K of (B, l)
+        logits, loss = self.var(labels, self.vae.var_input(maps), tokens)
+        accuracy = (logits.argmax(-1) == tokens).float().mean()             # 4 to 6 % is normal
+        return loss, {'accuracy': accuracy}
+
+    def after_step(self):
+        pass
 
     def evaluate(self):
-        """Figures on a thousand pictures; draws eight of each of the first ten classes."""
-        rows = [self.var.generate(self.vae, [c] * 8, seed=c, **self.args.sampling)
-                for c in range(min(10, self.var.num_classes))]
-        save_grid(self.args.out / 'samples.png', [to_uint8(row) for row in rows])
-        tokens, labels = (x[evenly(len(x), 1000)] for x in self.val_set)
-        return grade_transformer(self.vae, self.var, tokens, labels, self.args.device)
+        """Loss and token error on a thousand validation images. Writes samples.png: eight samples
+        of each of the first ten classes."""
+        config, rows = self.config, []
+        for label in range(min(10, self.var.num_classes)):
+            images = self.var.generate(self.vae, [label] * 8, seed=label, **config.sampling)
+            rows.append(to_uint8(images))
+        save_image(config.out / 'samples.png', [make_grid(rows)])
+        wanted = readable(self.val_set[0])
+        tokens, labels = self.fetch_rows(self.val_set, wanted[spread(len(wanted), 1000)])
+        return grade_transformer(self.vae, self.var, tokens, labels, config.device)
+
+
+@torch.no_grad()
+def grade_transformer(vae, var, tokens, labels, device):
+    """Loss in nats per token and share of wrong tokens (Section 5.2): over all scales, for the last
+    scale, and for each scale (from 1), as a dict. tokens (N, L), labels (N,)."""
+    sizes = [p * p for p in var.patch_nums]
+    loss, wrong = 0, 0
+    for r, label in zip(tokens.split(25), labels.split(25)):
+        r, label = r.to(device), label.to(device)
+        logits, _ = var(label, vae.var_input(r.split(sizes, dim=1)))        # (B, L, V)
+        each = F.cross_entropy(logits.transpose(1, 2), r, reduction='none') # (B, L)
+        loss = loss + each.sum(0) / len(tokens)                             # (L,)
+        wrong = wrong + (logits.argmax(-1) != r).sum(0) / len(tokens)       # (L,)
+    figures = {}
+    for name, x in (('loss', loss), ('error', wrong)):
+        per_scale = [part.mean().item() for part in x.split(sizes)]
+        figures[name] = x.mean().item()
+        figures[f'{name} last'] = per_scale[-1]
+        for k, value in enumerate(per_scale, start=1):
+            figures[f'{name} {k}'] = value
+    return figures
+
 
 # ---- One loop for both stages ----
 
+
 def learning_rate(progress):
-    """As a share of the peak: warm-up over 1/50 of the run, flat up to 5 %, then linear to 0.01."""
-    return min(0.005 + 0.995 * progress / 0.02, 1 - 0.99 * max(0, progress - 0.05) / 0.95)
+    """As a share of the peak: warm-up over 1/50 of the run, flat to 5 %, then linear to 0.01."""
+    warm_up = 0.005 + 0.995 * progress / 0.02
+    decay = 1 - 0.99 * max(0, progress - 0.05) / 0.95
+    return min(warm_up, decay)
+
 
 def make_optimizer(stage):
-    """AdamW; no decay on biases, gains, positions, scale embeddings, AdaLN offsets, q scales."""
-    groups = {0.05: [], 0.: []}
+    """AdamW (Section 4). No weight decay on biases, gains, positions, scale embeddings, AdaLN
+    offsets and attention scales; the class embedding is decayed, as in the release."""
+    decayed, free = [], []
     for name, p in stage.named_parameters():
-        free = p.ndim < 2 or any(s in name for s in ('pos_', 'lvl_embed', 'ada_gss', 'scale_mul'))
-        groups[0. if free else 0.05] += [p] if p.requires_grad else []
-    return torch.optim.AdamW([{'params': ps, 'weight_decay': wd} for wd, ps in groups.items()],
-                             lr=stage.lr, betas=(0.9, 0.95), fused=True)
+        if not p.requires_grad:
+            continue
+        exempt = any(part in name for part in ('pos_', 'lvl_embed', 'ada_gss', 'scale_mul'))
+        if p.ndim < 2 or exempt:
+            free.append(p)
+        else:
+            decayed.append(p)
+    groups = [{'params': decayed, 'weight_decay': 0.05}, {'params': free, 'weight_decay': 0.}]
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=True)
 
-def show(name, figures, *more):
-    print(name, *(f' {k} {v:.4g}' for k, v in figures.items()), *more, flush=True)
 
-def train_stage(stage, args, state):
-    """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step."""
-    (rank, world), B, start = rank_and_world(), args.batch, state['step']
-    optimizer, every = make_optimizer(stage), stage.steps // 5 or max(1, stage.steps)
-    learned = {n: m for n, m in stage.named_children() if n in ('vae', 'var', 'disc')}  # not VGG
+def make_scaler(config):
+    """Leaves out steps whose gradients are not finite, without waiting for the GPU. In float16 it
+    also scales the loss, so that small gradients do not vanish."""
+    name = config.precision or best_precision(config.device)
+    scale = 2. ** 16 if name == 'float16' else 1.
+    return torch.amp.GradScaler(config.device.type, init_scale=scale)
+
+
+def seed_everything(*numbers):
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def train_step(stage, optimizer, scaler, batch):
+    """One step of a stage: micro-batches, gradient clipping, AdamW, codebook.
+
+    batch: this process's tensors, on the CPU. Returns figures as scalars on the device: nothing
+    here waits for a GPU.
+    """
+    config, (rank, world) = stage.config, rank_and_world()
+    seed_everything(config.seed, len(stage.name), stage.step, rank)
+    for group in optimizer.param_groups:
+        group['lr'] = stage.lr * learning_rate(stage.step / stage.steps)
+    optimizer.zero_grad()
+    if config.device.type == 'cuda':            # only a copy from pinned memory is asynchronous
+        batch = [x.pin_memory() for x in batch]
+    batch = [x.to(config.device, non_blocking=True) for x in batch]
+    total = 0
+    for part in zip(*(x.split(stage.micro_batch) for x in batch)):
+        with precision(config.device, config.precision):
+            loss, figures = stage(*part)
+        # Gradient accumulation: the parts add up to the mean over the batch of all processes.
+        loss = loss * len(part[0]) / stage.batch
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    # Not stage.parameters(): the tokenizer's weights still hold gradients of stage 1 in stage 2.
+    trained = [p for group in optimizer.param_groups for p in group['params']]
+    weights = [p for p in trained if p.grad is not None]
+    # Summed here, once per step; DistributedDataParallel would do so after every micro-batch.
+    if world > 1:
+        for p in weights:
+            dist.all_reduce(p.grad)
+    scaler.unscale_(optimizer)
+    norm_before = torch.nn.utils.clip_grad_norm_(weights, 2.0)
+    scaler.step(optimizer)
+    scaler.update()
+    seed_everything(config.seed, len(stage.name), stage.step)       # the same for all processes
+    stage.after_step()
+    return {'loss': total, **figures, 'gradient norm': norm_before}
+
+
+def train_stage(stage, config, state):
+    """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step.
+
+    Raises UserError when ten steps in a row are not finite. Ends the process when it is asked to
+    stop, after saving; asked a second time, at once.
+    """
+    (rank, world), device = rank_and_world(), config.device
+    optimizer, scaler = make_optimizer(stage), make_scaler(config)
     if state['optimizer']:
-        with attempt('cannot resume', 'ckpt.pt was trained with another --depth or other scales'):
+        mismatch = (RuntimeError, ValueError, KeyError)
+        with explain('cannot resume with another --depth or other scales', mismatch):
             optimizer.load_state_dict(state['optimizer'])
-            for name, module in learned.items():
+            scaler.load_state_dict(state['scaler'])
+            for name, module in stage.learned().items():
                 module.load_state_dict(state[name])
-    batches, stop, skipped = stage.train().batches(start), [], 0
-    handlers = {number: signal.signal(number, lambda number, _: stop.append(number))
+    evaluate_every = max(1, stage.steps // 5)
+    show_every = max(1, min(50, stage.steps // 20))
+    log, stop, skipped = Log(config.out / 'log.csv', stage.name), [], 0
+
+    def ask_to_stop(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+
+    handlers = {number: signal.signal(number, ask_to_stop)
                 for number in (signal.SIGINT, signal.SIGTERM)}
-    began = saved = time.time()
+    start, began = state['step'], time.time()
+    next_save = began + SAVE_EVERY
+    batches = stage.train().batches(start)
     for step in range(start, stage.steps + 1):
-        stage.progress, last = step / max(1, stage.steps), step == stage.steps
-        if rank == 0 and (last or step and step % every == 0):
-            with precision(args.device):
+        stage.step, last = step, step == stage.steps
+
+        # Evaluate. One process does, and the others wait for its next step.
+        if rank == 0 and (last or step and step % evaluate_every == 0):
+            with precision(device, config.precision):
                 figures = stage.eval().evaluate()
-            stage.train()                           # label dropout and stochastic depth again
+            stage.train()                                       # dropout is on again
+            log.write(step, figures)
             show(f'{stage.name} {step}', figures)
-            with open(args.out / 'log.csv', 'a') as f:
-                f.writelines(f'{stage.name},{step},{time.time():.1f},{k},{v}\n'
-                             for k, v in figures.items())
-        # A signal may reach the processes at different steps: they agree on when to stop.
-        stopped = all_processes(torch.tensor([max(stop, default=0)], device=args.device)).max()
-        if rank == 0 and (last or stopped or time.time() - saved > SAVE_EVERY):
-            state.update({name: module.state_dict() for name, module in learned.items()},
-                         step=step, optimizer=optimizer.state_dict())
-            write_whole(args.out / 'ckpt.pt', lambda f: torch.save(state, f))
-            saved = time.time()
+
+        # Save. Several processes agree on when to stop, as a signal reaches them at other steps.
+        stopped = max(stop, default=0)
+        if world > 1:
+            stopped = 0
+            if step % 10 == 0 or last:
+                asked = torch.tensor([max(stop, default=0)], device=device)
+                stopped = all_processes(asked).max().item()
+        if rank == 0 and (last or stopped or time.time() > next_save):
+            before = time.time()
+            for name, module in stage.learned().items():
+                state[name] = module.state_dict()
+            state.update(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            write_file(config.out / 'ckpt.pt', lambda f: torch.save(state, f))
+            took = time.time() - before
+            next_save = time.time() + (max(SAVE_EVERY, took / SAVE_SHARE) if SAVE_EVERY else 0)
         if stopped:
-            print(f'stopped at {stage.name} step {step}; --resume goes on', flush=True)
+            print(f'stopped at {stage.name} step {step}; --resume continues', flush=True)
             sys.exit(128 + int(stopped))
         if last:
             break
 
-        batch, usages = next(batches), []   # before seeding: the first one takes a random number
-        seed = np.random.SeedSequence((args.seed, len(stage.name), step)).generate_state(1)[0]
-        torch.manual_seed(int(seed))
-        noise = torch.rand(B, stage.noises)[rank * B // world:(rank + 1) * B // world]  # its part
-        for group in optimizer.param_groups:
-            group['lr'] = stage.lr * learning_rate(stage.progress)
-        optimizer.zero_grad()
-        for part in zip(*(x.to(args.device).chunk(args.accumulate) for x in (*batch, noise))):
-            with precision(args.device):
-                loss, figures, usage = stage(*part)
-            (loss / args.accumulate / world).backward()     # parts add up to the batch's mean
-            usages.append(usage)
-        weights = [p for group in optimizer.param_groups for p in group['params']]      # no other
-        # Added up here, once a step. DistributedDataParallel does so after every part, and keeps
-        # the process group for good: its threads sometimes aborted a process that had ended.
-        if world > 1:
-            gradients = [p.grad for p in weights if p.grad is not None]
-            dist.all_reduce(total := torch.cat([g.flatten() for g in gradients]))
-            for g, of_all in zip(gradients, total.split([g.numel() for g in gradients])):
-                g.copy_(of_all.view_as(g))
-        finite = torch.nn.utils.clip_grad_norm_(weights, 2.0).isfinite()
-        skipped = 0 if finite else skipped + 1
-        if finite:
-            optimizer.step()
-            if usages[0]:
-                stage.move_codes(usages)
-        elif skipped == 10:
-            raise Problem('ten steps in a row were not finite. ckpt.pt is the last good one: '
-                          '--resume with a smaller --lr or --tokenizer-lr')
-        else:
-            print(f'{stage.name} {step}: a gradient is not finite, step left out', flush=True)
-        if rank == 0 and step % max(1, min(50, stage.steps // 20)) == 0:
-            pace = (time.time() - began) / (step + 1 - start)       # seconds a step, all included
-            show(f'{stage.name} {step}/{stage.steps}', figures, f' {B / pace:.0f} images/s, '
-                 f'{(stage.steps - step) * pace / 60:.0f} min left')
+        # Step.
+        figures = train_step(stage, optimizer, scaler, next(batches))
+        finite = figures['gradient norm'].isfinite()
+        skipped = torch.where(finite, 0, skipped + 1)
+        if step % show_every == 0:                              # the GPU is waited for here alone
+            if skipped >= 10:
+                raise UserError(f'the last {skipped.item()} steps of the {stage.name} were not '
+                                'finite and were left out: --resume with a smaller --lr or '
+                                '--tokenizer-lr')
+            if world > 1:
+                dist.all_reduce(figures['loss'])                # its parts add up to the mean
+            seconds = (time.time() - began) / (step + 1 - start)            # per step, all included
+            figures = {name: float(value) for name, value in figures.items()}
+            figures['learning rate'] = optimizer.param_groups[0]['lr']
+            figures['images/s'] = stage.batch / seconds
+            if rank == 0:
+                log.write(step, {f'train {name}': value for name, value in figures.items()})
+                show(f'{stage.name} {step}/{stage.steps}', figures,
+                     f'{(stage.steps - step) * seconds / 60:.0f} min left')
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
-def make_vae(args, state):
-    """The tokenizer to begin with: as a run left it, a new one, or that of a file."""
-    if not state and args.tokenizer == 'train':
-        vae = VQVAE(args.sides, **args.network)                     # a network of PRESETS
-        # With all codes zero, the first residuals, from which the codes are drawn, are f itself.
+
+class Log:
+    """log.csv: one row per figure, (stage, step, unix time, name, value)."""
+
+    def __init__(self, path, stage):
+        self.path, self.stage = path, stage
+
+    def write(self, step, figures):
+        new = not self.path.exists()
+        with open(self.path, 'a', newline='') as f:
+            rows = csv.writer(f)
+            if new:
+                rows.writerow(['stage', 'step', 'time', 'name', 'value'])
+            now = f'{time.time():.1f}'
+            for name, value in figures.items():
+                rows.writerow([self.stage, step, now, name, value])
+
+
+def show(title, figures, *more):
+    """Prints one line of figures."""
+    parts = [f'{name} {value:.4g}' for name, value in figures.items()]
+    print('  '.join([title, *parts, *more]), flush=True)
+
+
+# ---- Models to train, and the command ----
+
+
+def make_vae(config, state):
+    """The tokenizer of stage 1: that of a resumed run, that of a file, or a new one."""
+    if state:
+        path, weights = 'ckpt.pt', state['vae']
+    elif config.tokenizer == 'train' and not config.init:
+        vae = VQVAE(config.patch_nums, **config.network)
+        # All codes are equal at first, so that the vectors of the first quantized step are the
+        # shrunk f itself at every scale; the first update restarts every code from them.
         vae.quantize.embedding.weight.zero_()
         return vae
-    source = 'ckpt.pt' if state else args.tokenizer
-    with attempt(source, f'no tokenizer for --patch-nums {args.patch_nums}'):
-        vae = VQVAE.from_state_dict((state or read_weights(source))['vae'], args.sides)
-    if vae.image_size != args.size:
-        raise Problem(f'{source} makes {vae.image_size} px of --patch-nums {args.patch_nums}, '
-                      f'not --size {args.size}')
+    else:
+        path = config.init if config.tokenizer == 'train' else config.tokenizer
+        if path == 'official':
+            path = fetch(*VAE)
+        weights = read_checkpoint(path).get('vae')
+        if weights is None:
+            raise UserError(f'{path} has no tokenizer')
+    with explain(f'{path}: no tokenizer for --patch-nums {config.patch_nums}', UNLOADABLE):
+        vae = VQVAE.from_state_dict(weights, config.patch_nums)
+    if vae.image_size != config.size:
+        raise UserError(f'{path} makes images of {vae.image_size} px with --patch-nums '
+                        f'{config.patch_nums}, not --size {config.size}')
     return vae
 
-def grade(args):
-    """--eval: prints what the models of a checkpoint make of the validation set of --data, and
-    writes the reconstructions for the field's evaluators, reconstructions.npz."""
-    vae, var, _ = load_models(args.eval, None if args.tokenizer == 'train' else args.tokenizer)
-    args.size, vae = vae.image_size, vae.to(args.device)
-    _, val, classes = read_data(args)
-    with precision(args.device):
-        figures, rebuilt, tokens, labels = grade_tokenizer(vae, val, args, len(val.items))
-        show('tokenizer', figures)
-        arrays = dict(arr_0=rebuilt, arr_1=labels.numpy())
-        write_whole(args.out / 'reconstructions.npz', lambda f: np.savez(f, **arrays))
-        if var and var.num_classes == len(classes):
-            var = var.to(args.device)
-            show('transformer', grade_transformer(vae, var, tokens, labels, args.device))
+
+def make_var(config, vae, num_classes):
+    """The transformer of stage 2: a new one, or one with the weights of --init."""
+    V, z = vae.quantize.embedding.weight.shape
+    var = VAR(config.patch_nums, config.depth, num_classes, V, z, config.saln)
+    weights = read_checkpoint(config.init).get('var') if config.init else None
+    if weights:
+        weights, fresh = dict(weights), var.class_emb.weight.detach()
+        known = weights['class_emb.weight']                     # (classes + 1, w)
+        # Another number of classes gets new class embeddings; "no class" keeps its own.
+        if known.shape[1:] == fresh.shape[1:] and len(known) != len(fresh):
+            weights['class_emb.weight'] = torch.cat([fresh[:-1], known[-1:]])
+        hint = 'it needs the --depth, the --patch-nums and the tokenizer that it was trained with'
+        with explain(f'--init {config.init}', RuntimeError, hint):
+            var.load_state_dict(weights)
+    return var
+
+
+def speed_up(var, config):
+    """--compile and --checkpointing wrap the forward pass of every block."""
+    for block in var.blocks:
+        if config.compile:
+            block.forward = torch.compile(block.forward)
+        if config.checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def start_run(config, state, classes, words, rank):
+    """The state of a new run; what an older run left in --out is moved aside. A resumed run gets
+    the options that were changed on the command line."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    if not state:
+        state = dict(version=VERSION, classes=classes, words=words, patch_nums=config.patch_nums,
+                     sampling=config.sampling, step=0, optimizer=None,
+                     stage='tokenizer' if config.tokenizer == 'train' else 'transformer')
+        if rank == 0:
+            for name in ('ckpt.pt', 'log.csv'):
+                if (config.out / name).exists():
+                    aside = (config.out / name).with_suffix('.previous' + Path(name).suffix)
+                    (config.out / name).replace(aside)
+    saved = [f.name for f in fields(Config) if f.metadata.get('saved', True)]
+    state['config'] = {name: value for name, value in asdict(config).items() if name in saved}
+    return state
+
+
+def describe(stage, what):
+    """Prints the plan of a stage; warns where an image is seen very often."""
+    weights = sum(p.numel() for p in getattr(stage, what).parameters()) / 1e6
+    times = stage.steps * stage.batch / stage.rows
+    print(f'{stage.name}: {weights:.1f} M weights, {stage.steps} steps of {stage.batch} images, '
+          f'{times:.3g} epochs of {stage.rows} images', flush=True)
+    if times > 1000:
+        print(f'warning: every image is seen {times:.0f} times: fewer steps will do', flush=True)
+
 
 def main():
-    args, state = settings()
-    if args.eval:
-        return grade(args)
-    (rank, world), ckpt, device = rank_and_world(), args.out / 'ckpt.pt', args.device
-    train, val, classes = read_data(args)
-    torch.manual_seed(args.seed)
-    vae = make_vae(args, state).to(device)
-    var = VAR(args.sides, args.depth, len(classes), *vae.quantize.embedding.weight.shape).to(device)
-    if args.compile:                                # one graph serves all blocks
-        with attempt('--compile', 'torch.compile wants a C++ compiler, on cuda Triton'):
-            torch.compile(torch.sin)(torch.zeros(1, device=device))
-            var.run_block = torch.compile(var.run_block)
-    if args.checkpointing:
-        var.run_block = partial(checkpoint, var.run_block, use_reentrant=False)
-    config = {k: v for k, v in vars(args).items() if k not in (*MACHINE, 'sides')}
-    if not state:
-        state = dict(version=VERSION, classes=classes, patch_nums=args.sides, step=0,
-                     sampling=args.sampling, vae=vae.state_dict(), optimizer=None,
-                     stage='tokenizer' if args.tokenizer == 'train' else 'transformer')
-        if ckpt.exists() and rank == 0:
-            ckpt.replace(args.out / 'ckpt.previous.pt')             # nothing that existed is lost
-    state['config'] = config                            # with what was changed on the command line
-    args.out.mkdir(parents=True, exist_ok=True)
+    given, state = parse(), {}
+    given['device'] = pick_device(given.get('device'))          # joins the other processes as well
+    path = given.get('out', Path()) / 'ckpt.pt'
+    restarted = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'    # by torchrun
+    if 'resume' in given or restarted and path.exists():
+        state = read_checkpoint(path)
+        if not isinstance(state.get('config'), dict) or state.get('version') != VERSION:
+            raise UserError(f'{path} was not made by this train.py: nothing to resume')
+    config = make_config(given, state.get('config', {}))
+    (rank, world), device = rank_and_world(), config.device
+    train, val, classes, words = read_data(config)
+    state = start_run(config, state, classes, words, rank)
     if rank == 0:
-        sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (vae, var)]
-        with precision(device):
-            kind = 'bfloat16' if torch.is_autocast_enabled(device.type) else 'float32'
-        print(f'{len(train.items)} + {len(val.items)} pictures of {args.size} px in {len(classes)} '
-              f'classes; scales {args.patch_nums}: {len(var.lvl_1L[0])} tokens a picture\n'
-              f'tokenizer: {sizes[0]:.1f} M weights, {args.tokenizer_steps} steps\n'
-              f'transformer: depth {args.depth}, {sizes[1]:.1f} M weights, {args.steps} steps\n'
-              f'{args.batch} pictures a step on {world} x {device}, {kind}', flush=True)
+        kind = config.precision or best_precision(device)
+        print(f'{len(train)} + {len(val)} images of {config.size} px in {len(classes)} classes; '
+              f'scales {config.patch_nums}; {world} x {device}, {kind}', flush=True)
+    seed_everything(config.seed)
+    resumed = 'vae' in state
+    vae = make_vae(config, state if resumed else {}).to(device)
+    var = make_var(config, vae, len(classes)).to(device)
+
     if state['stage'] == 'tokenizer':
-        train_stage(TokenizerStage(args, vae, train, val).to(device), args, state)
-        state.update(stage='transformer', step=0, optimizer=None)   # what --resume goes on with
-    vae.eval().requires_grad_(False)                # stage 2 of Fig. 4: the tokenizer is frozen
-    with precision(device):
-        maps = tokenize(vae, train, args, 'train'), tokenize(vae, val, args, 'val')
-    train_stage(TransformerStage(args, vae, var, *maps), args, state)
+        stage = TokenizerStage(config, vae, train, val).to(device)
+        if rank == 0:
+            describe(stage, 'vae')
+        train_stage(stage, config, state)
+        state.pop('adversarial', None)
+        state.update(stage='transformer', step=0, optimizer=None)   # where --resume continues
+    vae.eval().requires_grad_(False)                                # stage 2 leaves it as it is
+    state['vae'] = vae.state_dict()
+
+    stored = tokenize(vae, train, config, 'train', config.views)
+    stored_val = tokenize(vae, val, config, 'val')
+    with explain('--compile', RuntimeError, 'it needs a C++ compiler, on a GPU Triton'):
+        speed_up(var, config)
+    stage = TransformerStage(config, vae, var, stored, stored_val)
+    if rank == 0:
+        describe(stage, 'var')
+    train_stage(stage, config, state)
+    if rank == 0:
+        names = ('version', 'config', 'classes', 'words', 'patch_nums', 'sampling', 'vae', 'var')
+        final = {name: state[name] for name in names}
+        write_file(config.out / 'model.pt', lambda f: torch.save(final, f))
+        print(f'wrote {config.out / "model.pt"}, the weights alone, and samples.png', flush=True)
+
 
 if __name__ == '__main__':
     run(main)

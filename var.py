@@ -1,138 +1,167 @@
 """VAR: a GPT-2-like transformer that predicts the next scale instead of the next token.
 
-    var = VAR(depth=16); images = var.generate(vae, labels)        # vae: tokenizer.VQVAE
+    var = VAR(depth=16)
+    logits, loss = var(labels, x, targets)          # training: all scales at once, under a mask
+    images = var.generate(vae, labels)              # sampling: K passes, keys and values cached
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
-Section 6 for editing. Where the released weights differ from it, they are followed:
-- Guidance is 2.0 in Table 3 and 1.5 in the release; it grows linearly over the scales, and is
+Section 6 for editing. Where paper and released weights differ, this file follows the weights:
+- Guidance is 2.0 in Table 3 and 1.5 in the release. It grows linearly over the scales and is
   written (1 + t) c - t u, so that t = 1.5 is 2.5 in the other convention.
-- Queries and keys of "unit length" still have a learned scale a head.
+- Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
 
-Letters: B batch, K scales, k one of them from 0, p positions a side of a scale, l = p * p its
-tokens, L tokens of all scales, w width, d depth, h heads, V codes, z code dimension.
-Names of parameters are those of the released files, so that weights go both ways as they are.
+Letters: B batch, K scales, k one of them (from 0), p side of its token map, l = p * p its tokens,
+L tokens of all scales, w width, d depth, h heads, V codes, z code dimension.
+Parameters have the names of the released files, so that weights load in both directions.
+
+The end of the file has what the commands share: loading, devices, precision, the command line.
 """
+import argparse
+import atexit
 import math
+import os
+import pickle
+import sys
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from tokenizer import VQVAE, UserError, explain
+
 
 def scale_of_token(patch_nums):
     """The scale that each of the L tokens belongs to: (L,) int64, rising."""
     return torch.arange(len(patch_nums)).repeat_interleave(torch.tensor(patch_nums) ** 2)
 
-def block_causal_mask(patch_nums):
-    """The mask of Fig. 4, (L, L): 0 where token i may see token j, -inf where it may not.
 
-    A token sees its own scale whole, and all scales before it. Scales 1 and 2 make 1 + 4 tokens:
-        0 x x x x        the first scale sees itself
-        0 0 0 0 0        each of the next four: the first, and the whole second
-    Released files have it; Attention needs none, and is tested against it."""
+def block_causal_mask(patch_nums):
+    """The attention mask of Fig. 4, (L, L): 0 where token i may see token j, else -inf.
+
+    A token sees all of its own scale and of the scales before it. For the scales 1 and 2, which
+    have 1 + 4 tokens, the mask is (x for -inf):
+        0 x x x x       the token of the first scale sees itself
+        0 0 0 0 0       each of the four tokens of the second scale sees the first scale
+        0 0 0 0 0       and all of its own
+        0 0 0 0 0
+        0 0 0 0 0
+    """
     scale = scale_of_token(patch_nums)
     return torch.where(scale[:, None] < scale[None], -torch.inf, 0.)
 
-def filter_logits(logits, top_k=0, top_p=0.0):
-    """Sets all but the top_k largest of logits (..., V), then all outside the top-p set, to -inf.
 
-    The top-p set is the smallest whose probability reaches top_p, and never empty. 0 switches
-    either off; top_k above V and top_p of 1 keep everything."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    if 0 < top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        outside[..., -1] = False
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    return logits
+# ---- The network (Section 4) ----
+
 
 def norm(x):
-    """LayerNorm without parameters of its own: AdaLN brings them."""
+    """LayerNorm without parameters of its own: AdaLN brings scale and shift."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
-def attend(q, k, v):
-    """softmax(q k^T) v; q (B, h, l, 64), k and v (B, h, m, 64)."""
-    if torch.is_grad_enabled() and q.device.type == 'cpu':
-        # On a CPU forward and backward of the fused attention take 1.2 to 1.8 times as long.
-        return (q @ k.transpose(2, 3)).softmax(-1) @ v                          # (B, h, l, 64)
-    return F.scaled_dot_product_attention(q, k, v, scale=1)
+
+def attend(q, k, v, mask):
+    """softmax(q k^T + mask) v for q (B, h, l, 64), k and v (B, h, m, 64), mask (l, m).
+
+    Training on a CPU writes it out: with the fused kernel a whole training step takes longer there
+    (batch 4, 256 px, two cores: 13 % at d6, 10 % at d16).
+    """
+    if q.device.type == 'cpu' and q.requires_grad:
+        return (q @ k.transpose(2, 3) + mask).softmax(-1) @ v               # (B, h, l, 64)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1)
+
 
 class Attention(nn.Module):
-    """Self-attention with queries and keys of unit length (Section 4), and a scale a head."""
+    """Self-attention with queries and keys of unit length (Section 4) and a scale per head."""
+
     def __init__(self, w, heads, qk_norm):
         super().__init__()
-        self.heads, self.qk_norm = heads, qk_norm
-        self.mat_qkv, self.proj = nn.Linear(w, 3 * w, bias=False), nn.Linear(w, w)
-        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.zeros(w))
-        self.register_buffer('zero_k_bias', torch.zeros(w))     # keys have none
+        self.heads = heads
+        self.qk_norm = qk_norm
+        self.mat_qkv = nn.Linear(w, 3 * w, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(w))
+        self.v_bias = nn.Parameter(torch.zeros(w))
+        self.register_buffer('zero_k_bias', torch.zeros(w))     # keys have no bias
+        self.proj = nn.Linear(w, w)
         if qk_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
 
-    def forward(self, x, ends, cache):
-        """x (B, l, w): all scales in training, in generation one. ends: where each of them ends in
-        the sequence of all. cache: keys and values of all, (2, B, h, L, 64), in generation."""
+    def forward(self, x, mask, cache=None):
+        """x (B, l, w), mask (l, m): m is l in training, and in generation all tokens so far.
+
+        cache: keys and values of all scales in generation, (2, B, h, L, 64). Those of x are
+        written to it.
+        """
         B, l, w = x.shape
-        start = ends[-1] - l
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, h, l, 64) each
+        qkv = F.linear(x, self.mat_qkv.weight, bias)                        # (B, l, 3w)
+        q, k, v = qkv.view(B, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, l, 64) each
         if self.qk_norm:
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(math.log(100)).exp()
+            # q.k is a cosine; the learned factor, at most 100, takes the place of 1 / sqrt(64).
+            factor = self.scale_mul_1H11.clamp_max(math.log(100)).exp()     # (1, h, 1, 1)
+            q = F.normalize(q, dim=-1) * factor
             k = F.normalize(k, dim=-1)
         else:
-            q = q / (4 * math.sqrt(q.shape[-1]))        # the ablation of Table 3, as it was run
-        q, k = q.to(v.dtype), k.to(v.dtype)
+            q = q * (0.25 / math.sqrt(q.shape[-1]))             # the ablation of Table 3
+        q, k = q.to(v.dtype), k.to(v.dtype)                     # autocast normalises in float32
         if cache is not None:
-            cache[0, :, :, start:ends[-1]], cache[1, :, :, start:ends[-1]] = k, v
-            k, v = cache
-        # Fig. 4: each scale looks at what there is up to its own end. So no mask is needed, and
-        # 38 % of the products of a masked (L, L) are never computed. From the last scale to the
-        # first, so that keys and values shrink, and their gradients too: a third less time (d6).
-        parts, lengths = [], [b - a for a, b in zip([start, *ends], ends)]
-        for q_k, end in zip(q.split(lengths, dim=2)[::-1], ends[::-1]):
-            k, v = k[:, :, :end], v[:, :, :end]
-            parts.insert(0, attend(q_k, k, v))
-        return self.proj(torch.cat(parts, dim=2).transpose(1, 2).reshape(B, l, w))
+            start, end = mask.shape[1] - l, mask.shape[1]
+            keys, values = cache
+            keys[:, :, start:end] = k
+            values[:, :, start:end] = v
+            k, v = keys[:, :, :end], values[:, :, :end]                     # (B, h, m, 64) each
+        y = attend(q, k, v, mask.to(q.dtype))                               # (B, h, l, 64)
+        return self.proj(y.transpose(1, 2).reshape(B, l, w))                # (B, l, w)
+
 
 class Block(nn.Module):
-    """Attention and FFN, each scaled, shifted and gated by the class: AdaLN (Section 4)."""
+    """Attention and FFN. Each is scaled, shifted and gated by the class: AdaLN (Section 4)."""
+
     def __init__(self, w, heads, drop_rate, shared_aln, qk_norm):
         super().__init__()
-        self.drop_rate, self.attn = drop_rate, Attention(w, heads, qk_norm)
+        # A buffer, because torch.compile makes one graph per value of a plain number.
+        self.register_buffer('drop_rate', torch.tensor(drop_rate), persistent=False)
+        self.attn = Attention(w, heads, qk_norm)
         self.ffn = nn.ModuleDict({'fc1': nn.Linear(w, 4 * w), 'fc2': nn.Linear(4 * w, w)})
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, w))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w))
 
-    def drop(self, modulation, noise):
-        """Stochastic depth: shuts the gates of a branch for a whole picture. noise (B, 2)."""
-        gates = (noise >= self.drop_rate)[..., None, None] / (1 - self.drop_rate)   # (B, 2, 1, 1)
-        return *(x * gates[:, i] for i, x in enumerate(modulation[:2])), *modulation[2:]
+    def drop_path(self, gamma):
+        """Stochastic depth in training: closes the gate gamma (B, 1, w) of a branch for a random
+        share of the images, and opens the others wider, so that the mean stays the same."""
+        if not self.training:
+            return gamma
+        kept = torch.rand(len(gamma), 1, 1, device=gamma.device) >= self.drop_rate
+        return gamma * (kept / (1 - self.drop_rate))
 
-    def forward(self, x, modulation, ends, cache=None):
-        """x (B, l, w); modulation: six vectors (B, 1, w)."""
+    def forward(self, x, modulation, mask, cache=None):
+        """x (B, l, w), modulation: six vectors (B, 1, w), mask and cache as in Attention."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        h = torch.addcmul(shift1, norm(x), 1 + scale1)                          # (B, l, w)
-        x = torch.addcmul(x, self.attn(h, ends, cache), gamma1)
-        h = self.ffn['fc1'](torch.addcmul(shift2, norm(x), 1 + scale2))         # (B, l, 4w)
-        return torch.addcmul(x, self.ffn['fc2'](F.gelu(h, approximate='tanh')), gamma2)
+        h = norm(x) * (1 + scale1) + shift1                                 # (B, l, w)
+        x = x + self.attn(h, mask, cache) * self.drop_path(gamma1)          # (B, l, w)
+        h = norm(x) * (1 + scale2) + shift2                                 # (B, l, w)
+        h = F.gelu(self.ffn['fc1'](h), approximate='tanh')                  # (B, l, 4w)
+        return x + self.ffn['fc2'](h) * self.drop_path(gamma2)              # (B, l, w)
+
 
 class VAR(nn.Module):
-    """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6), of token maps r_k, patch_nums[k] a side.
+    """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6); patch_nums: the sides of the r_k.
 
-    depth d sets width 64 d and d heads (7). Class index num_classes stands for "no class". qk_norm
-    off is an ablation of Table 3; the released models have it on.
+    The depth d sets the width 64 d and d heads, equation (7). Class index num_classes stands for
+    "no class". shared_aln: one AdaLN projection for all blocks, as in the 512 px model.
+    qk_norm=False is an ablation of Table 3; the released models have it on.
     """
+    label_dropout = 0.1     # share of the training images that lose their label, for guidance
+
     def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, num_classes=1000,
                  vocab_size=4096, z_channels=32, shared_aln=False, qk_norm=True):
         super().__init__()
-        self.patch_nums, self.num_classes, self.vocab_size = (*patch_nums,), num_classes, vocab_size
-        self.ends = torch.tensor(patch_nums).square().cumsum(0).tolist()        # of each scale
-        self.run_block = Block.__call__         # in training; train.py may wrap it
-        w, L = 64 * depth, self.ends[-1]                                                # (7)
+        self.patch_nums = tuple(patch_nums)
+        self.num_classes = num_classes
+        self.vocab_size = vocab_size
+        w, heads, L = 64 * depth, depth, sum(p * p for p in patch_nums)                 # (7)
         self.word_embed = nn.Linear(z_channels, w)
         self.class_emb = nn.Embedding(num_classes + 1, w)
         self.pos_start = nn.Parameter(torch.empty(1, patch_nums[0] ** 2, w))
@@ -140,8 +169,9 @@ class VAR(nn.Module):
         self.lvl_embed = nn.Embedding(len(patch_nums), w)
         self.register_buffer('lvl_1L', scale_of_token(patch_nums)[None])
         self.register_buffer('attn_bias_for_masking', block_causal_mask(patch_nums)[None, None])
-        drop = [0.1 * depth / 24 * i / max(depth - 1, 1) for i in range(depth)]         # (7)
-        self.blocks = nn.ModuleList(Block(w, depth, rate, shared_aln, qk_norm) for rate in drop)
+        drop_rates = torch.linspace(0, 0.1 * depth / 24, depth).tolist()                # (7)
+        self.blocks = nn.ModuleList(Block(w, heads, drop_rate, shared_aln, qk_norm)
+                                    for drop_rate in drop_rates)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w)) if shared_aln else None
         self.head_nm = nn.ModuleDict({'ada_lin': nn.Sequential(nn.SiLU(), nn.Linear(w, 2 * w))})
         self.head = nn.Linear(w, vocab_size)
@@ -149,146 +179,390 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, w, depth):
-        """Initial weights, by name. The gates gamma open slowly: at first a block does nothing."""
+        """Initial weights, by parameter name; source: the release."""
+        # The gates gamma of AdaLN open slowly: at first a block does next to nothing.
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4}.get(depth, 1e-5)
+        ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
+            # All weights and embeddings, but for biases and attention scales.
             if name.endswith('bias'):
                 p.zero_()
             elif not name.endswith('scale_mul_1H11'):
                 nn.init.trunc_normal_(p, std=math.sqrt(1 / (3 * w)))
+            # The last layer of each branch: the residual stream then does not grow with depth.
             if name.endswith(('attn.proj.weight', 'fc2.weight')):
-                p.div_(math.sqrt(2 * depth))     # the residual stream then does not grow with depth
-            elif name == 'head.weight':
-                p.mul_(0.02)                     # the first loss is that of a uniform guess, ln V
-            elif name == 'head_nm.ada_lin.1.weight':
+                p.div_(math.sqrt(2 * depth))
+            # The head: the first loss is that of a uniform guess, ln V.
+            if name == 'head.weight':
+                p.mul_(0.02)
+            # AdaLN: of the head, of a block (or of all blocks), and a block's offset to the shared.
+            if name == 'head_nm.ada_lin.1.weight':
                 p.mul_(0.5)
             elif name.endswith('ada_lin.1.weight'):
-                p.view(6, w, w).mul_(torch.tensor([gate] * 2 + [0.5] * 4)[:, None, None])
+                p.view(6, w, w).mul_(ada_factors[:, None, None])
             elif name.endswith('ada_gss'):
-                p.normal_(std=w ** -0.5).mul_(torch.tensor([gate] * 2 + [0.5] * 4)[:, None])
+                p.normal_(std=w ** -0.5).mul_(ada_factors[:, None])
+
+    @property
+    def mask(self):
+        """The block-causal mask of Fig. 4, (L, L), on the model's device."""
+        return self.attn_bias_for_masking[0, 0]
 
     def positions(self):
-        """Where a token is, and of which scale it is: (1, L, w), added to every input."""
+        """The embeddings of position and of scale that are added to every input: (1, L, w)."""
         return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
     def modulations(self, condition):
-        """What AdaLN makes of the class (B, w): six vectors a block, two of the head, (B, 1, w).
+        """AdaLN: the class embedding (B, w) -> six vectors per block and two for the head.
 
-        They depend on the class alone, so generation asks for them once an image, not once a scale:
-        the weights that make them are a third of all (8).
+        Each is (B, 1, w). They depend on the class alone, so that generation computes them once
+        per image and not once per scale; the weights that make them are a third of all (8).
         """
         if self.shared_ada_lin:
             shared = self.shared_ada_lin(condition).unflatten(1, (1, 6, -1))    # (B, 1, 6, w)
-            six = [block.ada_gss + shared for block in self.blocks]
+            blocks = [block.ada_gss + shared for block in self.blocks]
         else:
-            six = [block.ada_lin(condition).unflatten(1, (1, 6, -1)) for block in self.blocks]
-        return [x.unbind(2) for x in six], self.head_nm['ada_lin'](condition)[:, None].chunk(2, -1)
+            blocks = [block.ada_lin(condition).unflatten(1, (1, 6, -1)) for block in self.blocks]
+        head = self.head_nm['ada_lin'](condition).unflatten(1, (1, 2, -1))      # (B, 1, 2, w)
+        return [six.unbind(2) for six in blocks], head.unbind(2)
 
-    def logits(self, x, scale, shift):
-        """(B, l, w) -> (B, l, V), float32."""
+    def logits(self, x, modulation):
+        """The head: x (B, l, w) -> (B, l, V), float32."""
+        scale, shift = modulation
         return self.head(norm(x.float()) * (1 + scale) + shift).float()
 
-    def forward(self, labels, var_input, noise=None, tokens=None):
-        """Teacher forcing: the logits of all scales at once, under the block-causal mask (Fig. 4).
+    def forward(self, labels, x, targets=None):
+        """Teacher forcing: all scales in one pass, under the block-causal mask (Fig. 4).
 
-        labels (B,) int64; var_input (B, L - p_1^2, z) of VQVAE.var_input -> logits (B, L, V).
-        tokens (B, L): instead, their cross-entropy in nats and whether they are likeliest, (B, L).
-        noise: (B, 1 + 2 d) uniform draws, which decide on label dropout and stochastic depth, drawn
-        here if not given. Given, a batch has one outcome however many processes share it. It
-        belongs to training; in evaluation it is not used.
+        labels (B,) int64; x (B, L - p_1^2, z) of VQVAE.var_input; targets (B, L) int64, the tokens.
+        Returns logits (B, L, V) and the loss in nats per token, a scalar, or None without targets.
+        The output at the positions of scale k predicts r_k at the same positions: unlike in
+        next-token prediction, nothing is shifted by one, as the input there is made of r_<k alone.
         """
-        if self.training:
-            if noise is None:
-                noise = torch.rand(len(labels), 1 + 2 * len(self.blocks), device=labels.device)
-            labels = labels.masked_fill(noise[:, 0] < 0.1, self.num_classes)
+        if self.training:                                       # for classifier-free guidance
+            dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
+            labels = labels.masked_fill(dropped, self.num_classes)
         condition = self.class_emb(labels)                                      # (B, w)
         blocks, head = self.modulations(condition)
-        start = condition[:, None] + self.pos_start              # [s] of Fig. 4: the class
-        x = torch.cat([start, self.word_embed(var_input)], dim=1) + self.positions()    # (B, L, w)
-        for i, (block, modulation) in enumerate(zip(self.blocks, blocks)):
-            if self.training:
-                modulation = block.drop(modulation, noise[:, 1 + 2 * i:3 + 2 * i])
-                x = self.run_block(block, x, modulation, self.ends)
-            else:
-                x = block(x, modulation, self.ends)
-        if tokens is None:
-            return self.logits(x, *head)                                        # (B, L, V)
-        # 64 tokens at a time, with logits made anew for the backward pass: those of all, in float32
-        # and several times over, cost more than that (d6, batch 16: 0.43 s an image, not 0.35).
-        def grade(x, r):
-            logits = self.logits(x, *head)                                      # (B, 64, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), r.flatten(), reduction='none')
-            return loss.view(r.shape), logits.argmax(-1) == r                   # (B, 64) each
-
-        parts = [checkpoint(grade, *pair, use_reentrant=False, preserve_rng_state=False)
-                 for pair in zip(x.split(64, dim=1), tokens.split(64, dim=1))]
-        return [torch.cat(each, dim=1) for each in zip(*parts)]
+        # [s], the start token of Fig. 4, is the class embedding.
+        start = condition[:, None] + self.pos_start                             # (B, p_1^2, w)
+        x = torch.cat([start, self.word_embed(x)], dim=1)                       # (B, L, w)
+        x = x + self.positions()                                                # (B, L, w)
+        for block, modulation in zip(self.blocks, blocks):
+            x = block(x, modulation, self.mask)                                 # (B, L, w)
+        logits = self.logits(x, head)                                           # (B, L, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, vae, labels, cfg=1.5, top_k=900, top_p=0.96, seed=None, smooth=False,
                  given=None, keep=None, return_tokens=False):
-        """Draws pictures scale by scale: K forward passes, keys and values cached, no mask.
+        """Draws images scale by scale, equation (6): K passes, keys and values cached.
 
-        labels: (B,) class indices; num_classes for "no class". cfg: the guidance of the last scale.
-        smooth: passes on a Gumbel-softmax mixture of codes instead of those drawn ("more smooth":
-        prettier, but not for FID). given, keep: Section 6, zero-shot editing: token maps (B, l) a
-        scale, and a mask (p_K, p_K) that is 1 where they are kept.
-        Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps.
-        The same seed gives the same pictures on the same kind of device.
+        labels: (B,) class indices; num_classes for "no class". cfg: guidance at the last scale.
+        top_k, top_p: see filter_logits. smooth: passes on a mixture of codes instead of the drawn
+        ones ("more smooth" in the release: nicer to look at, not for FID).
+        given, keep: zero-shot editing (Section 6): K token maps (B, l), and a mask (p_K, p_K) that
+        is 1 where they are kept.
+        Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps (B, l).
+        The same seed draws the same images on the same kind of device.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
         labels = torch.as_tensor(labels, device=device)
-        rng = None if seed is None else torch.Generator(device).manual_seed(seed)
-        # Guidance doubles the batch: the class above, "no class" below. Without it half is saved.
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device).manual_seed(seed)
         if cfg:
+            # Classifier-free guidance doubles the batch: the class, then "no class". The second
+            # half is also run at the first scale, where its weight is 0: later scales attend to
+            # its keys and values.
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         condition = self.class_emb(labels)                                      # (2B, w)
         blocks, head = self.modulations(condition)
-        caches = head[0].new_empty(len(blocks), 2, len(labels), len(blocks), self.ends[-1], 64)
-        positions, f_hat, tokens = self.positions(), 0, []                      # (1, L, w)
+        heads = self.blocks[0].attn.heads
+        caches = head[0].new_empty(len(self.blocks), 2, len(labels), heads, len(self.mask), 64)
+        positions = self.positions()                                            # (1, L, w)
         x = condition[:, None] + self.pos_start                                 # (2B, l, w)
-        for k, (p, end) in enumerate(zip(self.patch_nums, self.ends)):
+        f_hat, tokens, end = 0, [], 0
+        for k, p in enumerate(self.patch_nums):
+            start, end = end, end + p * p
             ratio = k / max(K - 1, 1)
-            x = x + positions[:, end - p * p:end]
+            x = x + positions[:, start:end]                                     # (2B, l, w)
             for block, modulation, cache in zip(self.blocks, blocks, caches):
-                x = block(x, modulation, [end], cache)
-            logits = self.logits(x, *head)                                      # (2B, l, V)
+                x = block(x, modulation, self.mask[start:end, :end], cache)     # (2B, l, w)
+            logits = self.logits(x, head)                                       # (2B, l, V)
             if cfg:
                 t = cfg * ratio
                 logits = (1 + t) * logits[:B] - t * logits[B:]                  # (B, l, V)
-            logits = filter_logits(logits, top_k, top_p)
-            r_k = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=rng).view(B, -1)
+            logits = filter_logits(logits, top_k, top_p)                        # (B, l, V)
+            # All tokens of the scale are drawn at once: given r_<k they are independent.
+            probabilities = logits.softmax(-1).flatten(0, 1)                    # (B*l, V)
+            r_k = torch.multinomial(probabilities, 1, generator=generator).view(B, -1)  # (B, l)
             z_k = vae.quantize.embedding(r_k)                                   # (B, l, z)
             if smooth:
-                gumbel = -torch.empty_like(logits).exponential_(generator=rng).log()
-                tau = max(0.27 * (1 - 0.95 * ratio), 0.005)
-                mixture = ((logits * (1 + ratio) + gumbel) / tau).softmax(-1)
-                z_k = mixture @ vae.quantize.embedding.weight
+                z_k = gumbel_mixture(logits, ratio, generator) @ vae.quantize.embedding.weight
             if given is not None:
-                # All tokens were drawn; those to keep are replaced. The mask is cut at one half at
-                # every scale, and 1x1, which is all of the picture, is always kept.
-                kept = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear') > 0.5
-                kept = (kept.flatten() | (p * p < 4)).to(device)                # (l,)
+                kept = kept_tokens(keep, p).to(device)                          # (l,)
                 r_k = torch.where(kept, given[k], r_k)
                 z_k = torch.where(kept[:, None], vae.quantize.embedding(given[k]), z_k)
             tokens.append(r_k)
             f_hat = vae.quantize.add_scale(f_hat, k, z_k)                       # (B, z, P, P)
             if k + 1 < K:
-                x = self.word_embed(vae.quantize.shrink(f_hat, k + 1))               # (B, l', w)
-                x = torch.cat([x, x]) if cfg else x
-        images = vae.picture(f_hat).clamp(-1, 1) / 2 + 0.5
+                x = self.word_embed(vae.quantize.shrink(f_hat, k + 1))          # (B, l, w)
+                x = torch.cat([x, x]) if cfg else x                             # (2B, l, w)
+        images = vae.to_image(f_hat).clamp(-1, 1) / 2 + 0.5                     # (B, 3, H, W)
         return (images, tokens) if return_tokens else images
 
     @classmethod
-    def from_state_dict(cls, sd):
-        """The model that the shapes and the level buffer of a state dict show, with its weights.
-        KeyError or RuntimeError if it is none."""
-        sides = sd['lvl_1L'].flatten().bincount().sqrt().long().tolist()
-        depth = sum(name.endswith('.attn.mat_qkv.weight') for name in sd)
-        (V, _), (_, z) = sd['head.weight'].shape, sd['word_embed.weight'].shape
-        var = cls(sides, depth, len(sd['class_emb.weight']) - 1, V, z,
-                  'shared_ada_lin.1.weight' in sd, 'blocks.0.attn.scale_mul_1H11' in sd)
-        var.load_state_dict(sd)
+    def from_state_dict(cls, weights):
+        """The model whose sizes the shapes in a state dict show, with these weights.
+
+        Raises KeyError or RuntimeError if they are not those of a transformer.
+        """
+        sides = weights['lvl_1L'].flatten().bincount().sqrt().long().tolist()
+        depth = sum(name.endswith('.attn.mat_qkv.weight') for name in weights)
+        num_classes = len(weights['class_emb.weight']) - 1
+        V, z = len(weights['head.weight']), weights['word_embed.weight'].shape[1]
+        var = cls(sides, depth, num_classes, V, z,
+                  shared_aln='shared_ada_lin.1.weight' in weights,
+                  qk_norm='blocks.0.attn.scale_mul_1H11' in weights)
+        var.load_state_dict(weights)
         return var
 
-    official_state_dict = nn.Module.state_dict      # its names are those of the released files
+
+# ---- Sampling ----
+
+
+def filter_logits(logits, top_k=0, top_p=0.0):
+    """Top-k, then nucleus (top-p) sampling: sets all other logits (..., V) to -inf.
+
+    The nucleus is the smallest set of codes whose probability reaches top_p, and never empty.
+    0 switches either off. Ties at the k-th place are all kept.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if 0 < top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        outside[..., -1] = False
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return logits
+
+
+def gumbel_mixture(logits, ratio, generator):
+    """Weights of a Gumbel-softmax mixture of codes, (B, l, V), for filtered logits (B, l, V).
+
+    ratio: k / (K - 1). The temperature falls to almost 0 at the last scale, where the mixture is
+    nearly a single code. Formula and constants are the release's ("more smooth").
+    """
+    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    return ((logits * (1 + ratio) + gumbel) / temperature).softmax(-1)
+
+
+def kept_tokens(keep, p):
+    """Which tokens of a p x p map the mask (p_K, p_K) keeps: bool (l,). Source: the release.
+
+    The mask is shrunk bilinearly and cut at one half. The 1x1 map is always kept: its token stands
+    for the whole image.
+    """
+    if p == 1:
+        return torch.ones(1, dtype=torch.bool)
+    small = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear')
+    return small.flatten() > 0.5
+
+
+# ---- Loading ----
+
+VERSION = 2         # of the layout of ckpt.pt
+# What the released files do not contain: the tokenizer's scales, and the sampling behind the FID of
+# Section 5.1 (top-k is 600 in Table 3).
+RELEASED = {'patch_nums': (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+            'sampling': {'cfg': 1.5, 'top_k': 900, 'top_p': 0.96}}
+# What torch.load raises for files that are damaged or no checkpoints (found by the fuzz test).
+UNLOADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+              ArithmeticError, MemoryError, pickle.UnpicklingError)
+
+
+def unwrap(weights):
+    """A state dict without the prefixes that torch.compile and DistributedDataParallel add."""
+    for prefix in ('module.', '_orig_mod.', 'module.'):
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def read_checkpoint(path):
+    """A dict from a file of torch.save; no code in it is run. Models are under 'vae' and 'var'.
+
+    Reads ckpt.pt and model.pt of train.py, the released files, and checkpoints of the official
+    trainer. Raises UserError for anything else.
+    """
+    path = os.fspath(path)
+    with explain(f'cannot read {path}', OSError), open(path, 'rb') as f:
+        head = f.read(9)
+    if head[8:] == b'{':                        # safetensors: a length of 8 bytes, then JSON
+        raise UserError(f"{path} is a safetensors file: convert it by torch.save(safetensors.torch"
+                        f".load_file('{path}'), 'weights.pt'), from the safetensors package")
+    hint = 'the file is damaged, or no checkpoint of torch.save'
+    with explain(f'cannot read {path}', UNLOADABLE, hint):
+        try:
+            ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError:
+            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if others:
+                raise UserError(f'{path} holds {min(others)}, which is not loaded because it could '
+                                'run code: save the state_dict alone') from None
+            raise
+        ckpt = unwrap(dict(ckpt))
+        if 'lvl_1L' in ckpt:                                    # a released transformer
+            return {'var': ckpt}
+        if 'quantize.embedding.weight' in ckpt:                 # a released tokenizer
+            return {'vae': ckpt}
+        if 'trainer' in ckpt:                                   # both, from the official trainer
+            ckpt = {'vae': ckpt['trainer']['vae_local'], 'var': ckpt['trainer']['var_wo_ddp']}
+        for name in ('vae', 'var'):
+            if name in ckpt:
+                ckpt[name] = unwrap(ckpt[name])
+        return ckpt
+
+
+def load(path, tokenizer=None):
+    """Both models of a checkpoint: (vae, var or None, ckpt), on the CPU, in evaluation mode.
+
+    path: ckpt.pt or model.pt of train.py, or a released transformer. tokenizer: a second file with
+    the tokenizer, which a released transformer needs. ckpt always has 'sampling', the options for
+    VAR.generate. Raises UserError where a file is of another kind, or the two do not fit.
+    """
+    ckpt = {**RELEASED, **read_checkpoint(path)}
+    if tokenizer:
+        ckpt['vae'] = read_checkpoint(tokenizer).get('vae')
+    if ckpt.get('version', VERSION) != VERSION:
+        raise UserError(f'{path} has layout {ckpt["version"]}, this code reads {VERSION}')
+    if not ckpt.get('vae'):
+        raise UserError(f'{tokenizer or path} has no tokenizer: with a released transformer, add '
+                        '--tokenizer vae_ch160v4096z32.pth')
+    with explain(f'{path}: its weights fit no model', UNLOADABLE):
+        var = VAR.from_state_dict(ckpt['var']).eval() if ckpt.get('var') else None
+        patch_nums = var.patch_nums if var else ckpt['patch_nums']
+        vae = VQVAE.from_state_dict(ckpt['vae'], patch_nums).eval()
+    if var and (var.vocab_size, var.word_embed.in_features) != vae.quantize.embedding.weight.shape:
+        raise UserError(f'the tokenizer and the transformer of {path} were not trained together')
+    return vae, var, ckpt
+
+
+# ---- Devices and precision ----
+
+
+def pick_device(name=None):
+    """The named device, or the best there is: cuda, mps, cpu. UserError if it cannot be used.
+
+    Under torchrun it also joins the process group; each process takes the GPU of its local rank.
+    """
+    local_rank, world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if name is None:
+        name = 'cpu'
+        if torch.cuda.is_available():
+            name = 'cuda'
+        elif torch.backends.mps.is_available():
+            name = 'mps'
+    with explain(f'--device {name}', (RuntimeError, AssertionError, NotImplementedError)):
+        device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+        torch.zeros(1, device=device)                           # only use shows whether it is there
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)                       # for the collectives
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        # Without this, a thread of the group sometimes aborts the process at its exit.
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def rank_and_world():
+    """The rank of this process and the number of processes: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+PRECISIONS = ('bfloat16', 'float16', 'float32')
+
+
+def best_precision(device):
+    """The fastest of PRECISIONS that the device computes natively."""
+    if device.type == 'cuda':
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):                                # Ampere and later
+            return 'bfloat16'
+        if capability >= (7, 0):                                # V100, T4: matrix units for float16
+            return 'float16'
+    if device.type == 'cpu':
+        native = getattr(torch.cpu, '_is_avx512_bf16_supported', None)
+        if native is not None and native():
+            return 'bfloat16'
+    return 'float32'
+
+
+def precision(device, name=None):
+    """An autocast context in the named precision, by default in the device's best one."""
+    name = name or best_precision(device)
+    # mps has no autocast in older versions of torch, and none is asked for there.
+    kind = 'cpu' if device.type == 'mps' and name == 'float32' else device.type
+    return torch.autocast(kind, getattr(torch, name), enabled=name != 'float32')
+
+
+def cast_linear_weights(var, device, name=None):
+    """Casts the weights of linear maps once, where autocast would cast them once per scale.
+
+    For sampling under precision() with the same arguments: the tokens stay the same, and d16 takes
+    3.2 s instead of 3.7 s per image on two cores. Returns the transformer, on the device.
+    """
+    dtype = getattr(torch, name or best_precision(device))
+    for module in var.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return var.to(device)
+
+
+# ---- The command line ----
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong options become a UserError: one line, without the usage text."""
+
+    def error(self, message):
+        raise UserError(f'{message}; see --help')
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            limit = f'at least {low}' if high == math.inf else f'from {low} to {high}'
+            raise argparse.ArgumentTypeError(f'{text} is out of range: {limit}')
+        return value
+    convert.__name__ = kind.__name__                            # argparse shows it in its messages
+    return convert
+
+
+def run(main):
+    """Runs a command. A UserError ends in one line and status 2, an interruption in 130.
+
+    Any other exception is a fault of the program, and keeps its traceback.
+    """
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)                                           # as shells have it: 128 + SIGINT
+    except (UserError, OSError) as e:
+        message = str(e)
+    except (RuntimeError, MemoryError) as e:
+        # Of CUDA, of torch on the CPU, of numpy.
+        names = ('OutOfMemory', 'allocate memory', 'MemoryError')
+        if not any(name in f'{type(e).__name__} {e}' for name in names):
+            raise
+        option = '--micro-batch' if 'train' in sys.argv[0] else '--batch'
+        message = f'out of memory: try a smaller {option}'
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    sys.exit(2)

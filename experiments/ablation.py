@@ -1,134 +1,194 @@
-"""Table 3 at a size that anyone can run: what each of VAR's choices is worth.
+"""Table 3 (Section 7) at a small size: what each component of VAR contributes.
 
     python experiments/ablation.py                          # the built-in shapes
     python experiments/ablation.py --data cifar10 --out ablation-cifar10
 
-Rows add up, as in the paper: raster-scan AR, VAR with plain LayerNorm, AdaLN, top-k, guidance, normalised
-queries and keys, a deeper model. All are trained on the same pictures with the same number of steps;
-each goes on after an interruption. Cost is the time of drawing a batch, of the raster-scan AR's. The judge is
-a small classifier that learns the data first (judge.py). Writes the table, ablation.md, and a sheet of samples, a row a row.
+The rows are cumulative, as in the paper: raster-scan AR, VAR with plain LayerNorm, AdaLN, top-k,
+guidance, normalised queries and keys, a deeper model. All transformers are trained on the same
+images for the same number of steps, each in a folder of its own; a run that was interrupted
+continues where it was. Cost is the time of sampling, relative to raster-scan AR with cached keys
+and values. Frechet distance and the share that is classified correctly come from the classifier of
+judge.py. Losses of raster-scan AR are left out, because its tokens come from another tokenizer.
+Writes ablation.md, the table, and ablation.png, the first sample of each class, a row per row.
+
+Letters: V codes, z code dimension, N weights.
 """
+import argparse
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train                                                                # noqa: E402
-from judge import draw_each, make_judge                                     # noqa: E402
+from judge import SIZE, draw_classes, train_classifier                      # noqa: E402
 from raster import Raster                                                   # noqa: E402
-from sample import parse, pick_device, precision, read_weights, run, save_grid, to_uint8    # noqa: E402
-from var import VAR                                                         # noqa: E402
+from tokenizer import make_grid, save_image                                 # noqa: E402
+from train import (TokenizerStage, TransformerStage, grade_transformer,     # noqa: E402
+                   make_config, make_vae, read_data, readable, seed_everything, tokenize,
+                   train_stage)
+from var import (VAR, VERSION, Parser, number, pick_device, precision,      # noqa: E402
+                 read_checkpoint, run)
 
 
 class PlainNorm(VAR):
-    """LayerNorm with gains, shifts and gates that are learned, but know nothing of the class: only the
-    start token tells it. (What the class would have chosen is AdaLN's bias; its matrices have no part.)"""
+    """A VAR with plain LayerNorm: learned gains, shifts and gates that do not depend on the class.
+
+    They are the biases of AdaLN, whose matrices are multiplied by zero. The class is then known
+    from the start token alone. Gates start at 1, as plain residual branches have none.
+    """
+
     def modulations(self, condition):
         blocks, head = super().modulations(torch.zeros_like(condition))
-        return [(1 + gamma1, 1 + gamma2, *rest) for gamma1, gamma2, *rest in blocks], head
+        plain = []
+        for gamma1, gamma2, scale1, scale2, shift1, shift2 in blocks:
+            plain.append((1 + gamma1, 1 + gamma2, scale1, scale2, shift1, shift2))
+        return plain, head
+
+    def unused_weights(self):
+        """How many weights have no effect: the matrices of AdaLN."""
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if 'ada_lin' in name and p.ndim > 1)
 
 
-@dataclass
-class Options:
-    """The options of the command line, as --name value."""
-    data: str = 'shapes'                # as for train.py
-    depth: int = 3                      # of all rows but the last
-    deeper: int = 5                     # of the last
-    steps: int = 1000                   # of each transformer
-    tokenizer_steps: int = 900          # of both tokenizers, with several scales and with one
-    top_k: int = 40
-    cfg: float = 4.                     # guidance of the last scale
-    n: int = 50                         # samples a class
-    judge_steps: int = 400
-    out: Path = Path('ablation')        # folder of all that this makes
-    device: str = None                  # cuda, mps or cpu; the best there is if not given
+def settings_of(config):
+    """The part of a Config that defines a run, and that train.py saves, as a dict."""
+    return {f.name: getattr(config, f.name) for f in fields(config)
+            if f.metadata.get('saved', True)}
 
 
-def stage_of(make, args, folder, **more):
-    """Trains the stage that make() returns, or goes on with it, or finds it trained in folder / ckpt.pt.
+def train_or_load(make_stage, config, inputs=None, **more):
+    """The stage that make_stage() returns, trained, in evaluation mode and without gradients.
 
-    What was made there with other settings is made anew. more: what else ckpt.pt is to hold."""
-    args.out = folder
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'ckpt.pt'
-    key = repr(sorted((k, v) for k, v in vars(args).items() if k not in train.MACHINE))
-    state = dict(read_weights(path)) if path.exists() else {}
-    if state.get('settings') != key:
-        state = dict(step=0, optimizer=None, settings=key, **more)
-        for old in (folder / 'log.csv', *folder.glob('*.npy')):
+    It is trained in config.out, continued where it was interrupted, or only loaded if ckpt.pt there
+    is complete. A checkpoint with other settings is replaced. inputs: what the training also
+    depends on and config does not tell. more: what else ckpt.pt is to hold.
+    """
+    settings, path = settings_of(config), config.out / 'ckpt.pt'
+    config.out.mkdir(parents=True, exist_ok=True)
+    state = read_checkpoint(path) if path.exists() else {}
+    if state.get('config') != settings or state.get('inputs') != inputs:
+        state = dict(version=VERSION, config=settings, inputs=inputs, step=0, optimizer=None,
+                     **more)
+        for old in (config.out / 'log.csv', *config.out.glob('samples-*.npy')):
             old.unlink(missing_ok=True)
-    torch.manual_seed(args.seed)
-    stage = make()
+    seed_everything(config.seed)
+    stage = make_stage()
     if state['step'] < stage.steps:
-        train.train_stage(stage, args, state)
+        train_stage(stage, config, state)
     else:
-        for name in {'vae', 'var'} & {*state}:
-            getattr(stage, name).load_state_dict(state[name])
+        for name, module in stage.learned().items():
+            module.load_state_dict(state[name])
     return stage.eval().requires_grad_(False)
 
 
+def parse():
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--data', default='shapes', help='as for train.py')
+    add('--depth', type=number(int, 1), default=3, help='of all rows but the last (default: 3)')
+    add('--deeper', type=number(int, 1), default=5, help='depth of the last row (default: 5)')
+    add('--steps', type=number(int, 1), default=1000, help='of each transformer (default: 1000)')
+    add('--tokenizer-steps', type=number(int, 1), default=900,
+        help='of both tokenizers, that with all scales and that with one (default: 900)')
+    add('--top-k', type=number(int, 0), default=40, help='likeliest codes (default: 40)')
+    add('--cfg', type=number(float, 0), default=4., help='guidance of the last scale (default: 4)')
+    add('--n', type=number(int, 1), default=50, help='samples per class (default: 50)')
+    add('--judge-steps', type=number(int, 1), default=400, help='of the classifier (default: 400)')
+    add('--out', type=Path, default=Path('ablation'),
+        help='folder for everything (default: ablation)')
+    add('--device', help='cuda, mps or cpu; default: the best there is')
+    return parser.parse_args()
+
+
+def table_rows(args):
+    """The rows of the table: name, folder of the run, tokens, class, depth, qk_norm, sampling."""
+    plain = dict(cfg=0., top_k=0, top_p=1.)
+    top_k = dict(plain, top_k=args.top_k)
+    guided = dict(top_k, cfg=args.cfg)
+    return [
+        ('raster-scan AR', 'ar', 'raster', PlainNorm, args.depth, False, plain),
+        ('VAR, plain LayerNorm', 'plain', 'scales', PlainNorm, args.depth, False, plain),
+        ('+ AdaLN', 'adaln', 'scales', VAR, args.depth, False, plain),
+        (f'+ top-k {args.top_k}', 'adaln', 'scales', VAR, args.depth, False, top_k),
+        (f'+ guidance {args.cfg:g}', 'adaln', 'scales', VAR, args.depth, False, guided),
+        ('+ normalised queries and keys', 'norm', 'scales', VAR, args.depth, True, guided),
+        (f'+ deeper (depth {args.deeper})', 'deeper', 'scales', VAR, args.deeper, True, guided)]
+
+
+def train_tokenizer(config, train, val):
+    """The VQVAE of a config, trained on two ImageSets."""
+    def make_stage():
+        vae = make_vae(config, {}).to(config.device)
+        return TokenizerStage(config, vae, train, val).to(config.device)
+
+    return train_or_load(make_stage, config).vae
+
+
+def train_transformer(config, vae, stored, stored_val, model, num_classes, qk_norm):
+    """A transformer of class `model` that is trained on stored tokens, and its validation loss in
+    nats per token."""
+    def make_stage():
+        V, z = vae.quantize.embedding.weight.shape
+        var = model(vae.patch_nums, config.depth, num_classes, V, z, qk_norm=qk_norm)
+        return TransformerStage(config, vae, var.to(config.device), stored, stored_val)
+
+    stage = train_or_load(make_stage, config)
+    tokens, labels = stage.fetch_rows(stored_val, readable(stored_val[0]))  # (N, L), (N,)
+    with precision(config.device):
+        figures = grade_transformer(vae, stage.var, tokens, labels, config.device)
+    return stage.var, figures['loss']
+
+
 def main():
-    given = Options(**parse(Options, __doc__))
-    device = pick_device(given.device)
-    preset = train.PRESETS['shapes'] if given.data == 'shapes' else train.SMALL
-    args = train.Options(**preset | dict(data=given.data, steps=given.steps, tokenizer_steps=given.tokenizer_steps))
-    args.device, args.workers = device, 0
-    *data, classes = train.read_data(args)
-    judge, real = make_judge(*data, classes, given.judge_steps)
+    args = parse()
+    device = pick_device(args.device)
+    base = dict(data=args.data, size=SIZE, steps=args.steps, tokenizer_steps=args.tokenizer_steps,
+                device=device, workers=0)
+    config = make_config(base, {})
+    train, val, classes, _ = read_data(config)
+    classifier, real = train_classifier(train, val, classes, args.judge_steps, device)
 
-    tokenizers, sets, sides = {}, {}, [int(p) for p in args.patch_nums.split(',')]
-    for kind, scales in ('raster', sides[-1:]), ('scales', sides):
-        args.sides = scales
-        vae = stage_of(lambda: train.TokenizerStage(args, train.make_vae(args, {}).to(device), *data).to(device),
-                       args, given.out / kind).vae
-        with precision(device):
-            sets[kind] = [train.tokenize(vae, x, args, name) for x, name in zip(data, ('train', 'val'))]
-        tokenizers[kind] = Raster(vae) if kind == 'raster' else vae
+    # Two tokenizers, with all scales and with the last one alone, and the tokens of all images.
+    patch_nums = {'scales': config.patch_nums, 'raster': config.patch_nums[-1:]}
+    vaes, stored = {}, {}
+    for tokens in ('raster', 'scales'):
+        given = dict(base, patch_nums=patch_nums[tokens], out=args.out / tokens)
+        config = make_config(given, {})
+        vae = train_tokenizer(config, train, val)
+        stored[tokens] = (tokenize(vae, train, config, 'train'), tokenize(vae, val, config, 'val'))
+        vaes[tokens] = Raster(vae) if tokens == 'raster' else vae
 
-    # Each row: its name, the run it draws from, kind of tokens, class, depth, options, sampling.
-    plain = dict(top_k=0, top_p=1., cfg=0.)
-    k = plain | dict(top_k=given.top_k)
-    both = k | dict(cfg=given.cfg)
-    rows = [('raster-scan AR', 'ar', 'raster', PlainNorm, given.depth, False, plain),
-            ('VAR, plain LayerNorm', 'plain', 'scales', PlainNorm, given.depth, False, plain),
-            ('+ AdaLN', 'adaln', 'scales', VAR, given.depth, False, plain),
-            (f'+ top-k {given.top_k}', 'adaln', 'scales', VAR, given.depth, False, k),
-            (f'+ guidance {given.cfg:g}', 'adaln', 'scales', VAR, given.depth, False, both),
-            ('+ normalised q, k', 'norm', 'scales', VAR, given.depth, True, both),
-            (f'+ deeper (d {given.deeper})', 'deeper', 'scales', VAR, given.deeper, True, both)]
-    lines, sheet, unit, done = ['| | parameters | cost | Frechet distance | told right | val loss |', '|---|---|---|---|---|---|'], [], None, {}
-    for name, run_name, kind, model, depth, qk_norm, sampling in rows:
-        vae = tokenizers[kind]
-        if run_name not in done:
-            args.depth, args.sampling = depth, sampling
-            scales = vae.sides if kind == 'raster' else sides
+    lines = ['| | parameters | cost | Frechet distance | classified correctly | validation loss |',
+             '|---|---|---|---|---|---|']
+    sheet, trained, baseline_seconds = [], {}, None
+    for name, folder, tokens, model, depth, qk_norm, sampling in table_rows(args):
+        vae = vaes[tokens]
+        if folder not in trained:
+            given = dict(base, depth=depth, sampling=sampling, out=args.out / folder)
+            trained[folder] = train_transformer(make_config(given, {}), vae, *stored[tokens], model,
+                                                len(classes), qk_norm)
+        var, loss = trained[folder]
 
-            def make():
-                V, z = vae.quantize.embedding.weight.shape
-                var = model(scales, depth, len(classes), V, z, qk_norm=qk_norm).to(device)
-                return train.TransformerStage(args, vae, var, *sets[kind])
-
-            var = stage_of(make, args, given.out / run_name).var
-            tokens, labels = sets[kind][1]
-            with precision(device):
-                done[run_name] = var, train.grade_transformer(vae, var, tokens, labels, device)['loss']
-        var, loss = done[run_name]
+        draw_classes(vae, var, 1, device, sampling)     # the first passes on a GPU take longer
         began = time.time()
-        drawn = draw_each(vae, var, given.n, device, sampling)
+        samples = draw_classes(vae, var, args.n, device, sampling)          # (C, n, H, W, 3)
         seconds = time.time() - began
-        unit = unit or seconds
-        right, distance = judge.grade(drawn, real)
-        unused = sum(p.numel() for n, p in var.named_parameters() if 'ada_lin' in n and p.ndim > 1 and model is PlainNorm)
-        N = (sum(p.numel() for p in var.parameters()) - unused) / 1e6
-        lines.append(f'| {name} | {N:.1f} M | {seconds / unit:.3f} | {distance:.2f} | '
-                     f'{right.mean():.1%} | {loss if kind == "scales" else float("nan"):.3f} |')
+        if baseline_seconds is None:                    # the first row is raster-scan AR
+            baseline_seconds = seconds
+        shares, distance = classifier.grade(samples, real)
+        N = sum(p.numel() for p in var.parameters())
+        if model is PlainNorm:
+            N -= var.unused_weights()
+        loss_text = f'{loss:.3f}' if tokens == 'scales' else ''
+        lines.append(f'| {name} | {N / 1e6:.1f} M | {seconds / baseline_seconds:.2f} | '
+                     f'{distance:.1f} | {shares.mean():.1%} | {loss_text} |')
         print(lines[-1], flush=True)
-        sheet.append(to_uint8(drawn[:, 0] / 2 + 0.5))
-        save_grid(given.out / 'ablation.png', sheet)
-        (given.out / 'ablation.md').write_text('\n'.join(lines) + '\n')
+        sheet.append(samples[:, 0])
+        save_image(args.out / 'ablation.png', [make_grid(sheet)])
+        (args.out / 'ablation.md').write_text('\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

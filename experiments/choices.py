@@ -1,127 +1,183 @@
-"""What each choice in the tokenizer's training is worth: all as they are but one, on the same pictures.
+"""Stage 1 (Section 3.2): what each choice in the tokenizer's training contributes.
 
     python experiments/choices.py --data cifar10                    # eleven short runs
-    python experiments/choices.py --data cifar10 --seeds 5          # instead: five seeds of the defaults
+    python experiments/choices.py --data cifar10 --seeds 5          # five seeds of the defaults
 
-Each run has a folder of its own and goes on after an interruption. A small classifier learns the data first
-(judge.py); its distance is that of all validation pictures, rebuilt, to the originals. Writes choices.md.
+Each run differs from the defaults in one choice and trains on the same images. It has a folder of
+its own and continues where it was interrupted. The Frechet distance is that of all validation
+images, reconstructed, from the originals, in the features of the classifier of judge.py.
+Writes choices.md, or seeds.md with --seeds.
+
+Letters: K scales, L tokens of all scales.
 """
+import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train                                                                # noqa: E402
-from ablation import stage_of                                               # noqa: E402
-from judge import everything, frechet, make_judge                           # noqa: E402
-from sample import parse, pick_device, precision, run, to_tensor            # noqa: E402
+from ablation import train_or_load                                          # noqa: E402
+from evaluate import grade_tokenizer                                        # noqa: E402
+from judge import frechet_distance, train_classifier                        # noqa: E402
+from tokenizer import to_tensor                                             # noqa: E402
+from train import PRESETS, TokenizerStage, make_config, make_vae, read_data  # noqa: E402
+from var import Parser, number, pick_device, precision, run                 # noqa: E402
+
+PRESET = '32'
 
 
-@dataclass
-class Options:
-    """The options of the command line, as --name value."""
-    data: str = 'cifar10'               # as for train.py
-    steps: int = 700                    # of each run
-    seeds: int = 0                      # so many seeds of the defaults, instead of the choices
-    judge_steps: int = 1200             # of the classifier
-    out: Path = Path('choices')         # folder of all that this makes
-    device: str = None                  # cuda, mps or cpu; the best there is if not given
+# ---- The choices: each function changes a TokenizerStage before it is trained ----
 
-
-def nothing(stage):
-    """All as it is."""
 
 def no_restart(stage):
-    """But in the first update, which gives every code its first place."""
+    """Dead codes stay dead, but for the first update, which gives every code its first value."""
     quantizer = stage.vae.quantize
-    update, usual = quantizer.update, quantizer.dead_below
+    usual_update, usual_limit = quantizer.update, quantizer.dead_below
 
-    def first_alone(tokens, vectors, decay):
-        quantizer.dead_below = 0. if quantizer.ema_vocab_hit_SV.any() else usual
-        update(tokens, vectors, decay)
-    quantizer.update = first_alone
+    def update(tokens, vectors, decay):
+        is_first = not quantizer.ema_vocab_hit_SV.any()
+        quantizer.dead_below = usual_limit if is_first else 0.
+        usual_update(tokens, vectors, decay)
+
+    quantizer.update = update
+
 
 def no_kmeans(stage):
-    """The moving average remembers 50 steps from the start, and not all steps so far."""
-    update = stage.vae.quantize.update
-    stage.vae.quantize.update = lambda tokens, vectors, decay: update(tokens, vectors, 0.98)
+    """The EMA has decay 0.98 from the start; by default it first averages over all steps so far."""
+    usual_update = stage.vae.quantize.update
+
+    def update(tokens, vectors, decay):
+        usual_update(tokens, vectors, 0.98)
+
+    stage.vae.quantize.update = update
+
 
 def no_scale_dropout(stage):
-    forward = stage.forward
-    stage.forward = lambda pictures, noise: forward(pictures, torch.ones_like(noise))
+    stage.vae.scale_dropout = 0.
 
-def no_plain_start(stage):
-    stage.plain = 0.
+
+def no_autoencoder_start(stage):
+    stage.quantize_from = 0.
+
 
 def cosine(stage):
-    """The nearest code by angle; its length is still that of the mean that it is."""
-    def nearest(x):
-        codes = F.normalize(quantizer.embedding.weight, dim=1)
-        with torch.autocast(x.device.type, enabled=False):
-            return (x.float() @ codes.T).argmax(-1)
+    """The nearest code is that at the smallest angle. Its length stays that of the EMA."""
     quantizer = stage.vae.quantize
+
+    def nearest(x):
+        codes = F.normalize(quantizer.embedding.weight, dim=1)              # (V, z)
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() @ codes.T).argmax(-1)                         # (B, l)
+
     quantizer.nearest = nearest
 
+
 def gradient(stage):
-    """Codes that the quantizer loss moves. The first fifty quantized steps place them as usual."""
-    quantizer, move = stage.vae.quantize, stage.move_codes
+    """The codebook is trained by the quantizer loss. The first 50 quantized steps are EMA steps,
+    which place the codes."""
+    quantizer = stage.vae.quantize
+    usual_update = quantizer.update
     quantizer.embedding.requires_grad_(True)
 
-    def move_codes(usages):
-        if (stage.progress - stage.plain) * stage.steps < 50:
-            move(usages)
-    stage.move_codes = move_codes
+    def update(tokens, vectors, decay):
+        quantized_steps = stage.step - stage.quantize_from * stage.steps
+        if quantized_steps < 50:
+            usual_update(tokens, vectors, decay)
+
+    quantizer.update = update
 
 
-# Each choice: what to change in the stage, and in the settings or the sizes of the network.
+# Of each choice: the function above, and what differs in the Config and in the VQVAE's sizes.
 CHOICES = {
-    'as it is': (nothing, {}), 'no restart of dead codes': (no_restart, {}),
-    'no k-means start': (no_kmeans, {}), 'no scale dropout': (no_scale_dropout, {}),
-    'quantized from the first step': (no_plain_start, {}), 'cosine look-up': (cosine, {}),
-    'codes moved by gradient': (gradient, {}), 'codes of 8 dimensions': (nothing, {'z_channels': 8}),
-    'codes of 4 dimensions': (nothing, {'z_channels': 4}), 'with group normalisation': (nothing, {'normalise': True}),
-    'adversarial loss': (nothing, {'adversarial': 0.1})}
+    'defaults': {},
+    'no restart of dead codes': {'change': no_restart},
+    'no k-means start': {'change': no_kmeans},
+    'no scale dropout': {'change': no_scale_dropout},
+    'quantized from the first step': {'change': no_autoencoder_start},
+    'cosine similarity': {'change': cosine},
+    'codebook trained by gradient': {'change': gradient},
+    'code dimension 8': {'network': {'z_channels': 8}},
+    'code dimension 4': {'network': {'z_channels': 4}},
+    'with group normalisation': {'network': {'normalise': True}},
+    'adversarial loss': {'config': {'adversarial': 0.1}}}
+
+
+# ---- Training and grading ----
+
+
+def train_tokenizer(name, seed, args, device, train, val):
+    """The VQVAE of one run, trained or loaded."""
+    choice = CHOICES[name]
+    network = {**PRESETS[PRESET]['network'], **choice.get('network', {})}
+    folder = args.out / f'{name.replace(" ", "-")}-{seed}'
+    given = dict(data=args.data, preset=PRESET, network=network, tokenizer_steps=args.steps,
+                 seed=seed, device=device, workers=0, out=folder, **choice.get('config', {}))
+    config = make_config(given, {})
+
+    def make_stage():
+        vae = make_vae(config, {}).to(device)
+        stage = TokenizerStage(config, vae, train, val).to(device)
+        if 'change' in choice:
+            choice['change'](stage)
+        return stage
+
+    return train_or_load(make_stage, config).vae
+
+
+@torch.no_grad()
+def psnr_of_scales(vae, images, scales):
+    """PSNR in dB of images uint8 (n, H, W, 3) that are rebuilt from their first scales alone."""
+    images = to_tensor(images)                                              # (n, 3, H, W)
+    rebuilt = vae.decode(vae.encode(images)[:scales])                       # (n, 3, H, W)
+    mse = ((rebuilt - images) / 2).square().mean((1, 2, 3))                 # (n,)
+    return -10 * mse.log10().mean().item()
+
+
+def parse():
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--data', default='cifar10', help='as for train.py')
+    add('--steps', type=number(int, 1), default=700, help='of each run (default: 700)')
+    add('--seeds', type=number(int, 0), default=0, help='as many seeds of the defaults instead')
+    add('--judge-steps', type=number(int, 1), default=1200,
+        help='of the classifier (default: 1200)')
+    add('--out', type=Path, default=Path('choices'),
+        help='folder for everything (default: choices)')
+    add('--device', help='cuda, mps or cpu; default: the best there is')
+    return parser.parse_args()
 
 
 def main():
-    given = Options(**parse(Options, __doc__))
-    device, preset = pick_device(given.device), train.SMALL
-    args = train.Options(**preset | dict(data=given.data))
-    *data, classes = train.read_data(args)
-    n = len(data[1].items)
-    judge, real = make_judge(*data, classes, given.judge_steps, n)
-    runs = [('as it is', seed) for seed in range(given.seeds)] or [(name, 0) for name in CHOICES]
-    K = len(args.patch_nums.split(','))
-    half = K // 2 + 1                                                       # scales: how good is the picture so far?
-    few, _ = everything(data[1], 300)
-    lines = [f'| | PSNR, dB | after scale {half} | SSIM | codes used | least used scale | distance |',
-             '|---|---|---|---|---|---|---|']
+    args = parse()
+    device = pick_device(args.device)
+    config = make_config({'data': args.data, 'preset': PRESET}, {})
+    train, val, classes, _ = read_data(config)
+    n, K = len(val), len(config.patch_nums)
+    classifier, real = train_classifier(train, val, classes, args.judge_steps, device, n)
+    runs = [(name, 0) for name in CHOICES]
+    if args.seeds:
+        runs = [('defaults', seed) for seed in range(args.seeds)]
+    scales = K // 2 + 1                                 # the coarse half, for the second column
+    few, _ = val.some(300)                                                  # (300, H, W, 3)
+    lines = [f'| | PSNR, dB | PSNR of {scales} scales, dB | SSIM | codes used | usage of the least '
+             'used scale | Frechet distance |', '|---|---|---|---|---|---|---|']
     for name, seed in runs:
-        change, settings = CHOICES[name]
-        network = {k: settings.get(k, v) for k, v in preset['network'].items()}
-        args = train.Options(**preset | dict(data=given.data, network=network, tokenizer_steps=given.steps, seed=seed,
-                                             adversarial=settings.get('adversarial', 0.)))
-        args.device, args.workers, args.sides = device, 0, [int(p) for p in args.patch_nums.split(',')]
-
-        def make():
-            stage = train.TokenizerStage(args, train.make_vae(args, {}).to(device), *data).to(device)
-            change(stage)
-            return stage
-
-        vae = stage_of(make, args, given.out / f'{name.replace(" ", "-").replace(",", "")}-{seed}').vae
+        vae = train_tokenizer(name, seed, args, device, train, val)
         with precision(device):
-            figures, rebuilt, *_ = train.grade_tokenizer(vae, data[1], args, n)
-            so_far = vae.decode(vae.encode(few.to(device))[:half]).cpu()
-        early = -10 * ((so_far - few) / 2).square().mean((1, 2, 3)).log10().mean()
-        features, _ = judge.look(to_tensor(rebuilt))
-        worst = min(figures[f'usage {k}'] for k in range(1, K + 1))
-        lines.append(f'| {name}{f", seed {seed}" if given.seeds else ""} | {figures["PSNR"]:.2f} | {early:.2f} | {figures["SSIM"]:.3f} | '
-                     f'{figures["codes used"]} of {figures["of"]} | {worst:.0%} | {frechet(features, real):.2f} |')
+            figures, rebuilt, _, _ = grade_tokenizer(vae, val, n, device)   # rebuilt (n, H, W, 3)
+            coarse = psnr_of_scales(vae, few.to(device), scales)
+        features, _ = classifier.classify(rebuilt)
+        distance = frechet_distance(features, real)
+        least = min(figures[f'usage {k}'] for k in range(1, K + 1))
+        title = f'{name}, seed {seed}' if args.seeds else name
+        lines.append(f'| {title} | {figures["PSNR"]:.2f} | {coarse:.2f} | {figures["SSIM"]:.3f} | '
+                     f'{figures["codes used"]} of {figures["of"]} | {least:.0%} | {distance:.2f} |')
         print(lines[-1], flush=True)
-        (given.out / ('seeds.md' if given.seeds else 'choices.md')).write_text('\n'.join(lines) + '\n')
+        path = args.out / ('seeds.md' if args.seeds else 'choices.md')
+        path.write_text('\n'.join(lines) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,18 +1,22 @@
-"""A whole training against the clock: validation loss, and how far samples are from real pictures.
+"""A whole training run over time: validation loss, and the quality of samples.
 
-    python experiments/curves.py --data cifar10 --out curves            # trains, then grades and draws
-    python experiments/curves.py --data cifar10 --out curves            # again: goes on where it was
+    python experiments/curves.py --data cifar10                     # trains, then grades and draws
+    python experiments/curves.py --data cifar10                     # again: continues where it was
+    python experiments/curves.py --data cifar10 -- --preset 32-gpu  # with options of train.py
 
-It runs train.py, keeps a copy of ckpt.pt every few minutes, and grades the copies by a small classifier
-that learns the data first (judge.py): Frechet distance of 500 samples, and the share that it tells as
-the class asked for. Writes curves.png, and prints the table that another run can be held against.
+Paper: Section 5.2 and Fig. 7 show how loss and samples improve with training. This runs train.py,
+keeps a copy of ckpt.pt every few minutes, and grades the copies by the classifier of judge.py: the
+Frechet distance of 500 samples, and the share that is classified correctly. Prints a table to which
+another run can be compared.
+Writes into --out what train.py writes, ckpt-<seconds>.pt, train.txt (train.py's output), and
+curves.png.
 """
+import argparse
 import csv
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -21,79 +25,119 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from judge import draw_each, make_judge                                     # noqa: E402
-from sample import Problem, load_models, parse, pick_device, run             # noqa: E402
-from train import Options as Settings, read_data                            # noqa: E402
+from judge import SIZE, draw_classes, train_classifier                      # noqa: E402
+from tokenizer import UserError                                             # noqa: E402
+from train import make_config, read_data                                    # noqa: E402
+from var import Parser, load, number, pick_device, read_checkpoint, run     # noqa: E402
 
 
-@dataclass
-class Options:
-    """The options of the command line, as --name value."""
-    data: str = 'cifar10'               # as for train.py, whose defaults are used
-    every: int = 180                    # seconds between two copies
-    judge_steps: int = 1200             # of the classifier
-    n: int = 50                         # samples a class
-    out: Path = Path('curves')          # folder of the run, and of curves.png
-    device: str = None                  # cuda, mps or cpu; the best there is if not given
+def read_log(path):
+    """log.csv of train.py: {(stage, name): {step: (unix time, value)}}, steps in rising order.
+
+    Of a figure that was written twice, because a run was interrupted, the last one counts.
+    """
+    log = {}
+    with open(path, newline='') as f:
+        for row in csv.DictReader(f):
+            figures = log.setdefault((row['stage'], row['name']), {})
+            figures[int(row['step'])] = (float(row['time']), float(row['value']))
+    return {key: dict(sorted(figures.items())) for key, figures in log.items()}
 
 
-def train(given):
-    """Runs train.py to its end; copies ckpt.pt as ckpt-<seconds>.pt, and train.txt has what it says."""
-    given.out.mkdir(parents=True, exist_ok=True)
-    script, ckpt = Path(__file__).resolve().parent.parent / 'train.py', given.out / 'ckpt.pt'
-    command = [sys.executable, str(script), '--data', given.data, '--size', '32', '--out', str(given.out)]
-    command += ['--resume'] if ckpt.exists() else []
-    command += ['--device', given.device] if given.device else []
-    began = copied = time.time()
-    if not ckpt.exists() or not (given.out / 'began').exists():
-        (given.out / 'began').write_text(str(began))
-    zero = float((given.out / 'began').read_text())
-    with open(given.out / 'train.txt', 'a') as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+def train_and_copy(args):
+    """Runs train.py to its end, and copies ckpt.pt to ckpt-<seconds since the start>.pt.
+
+    The file `start` holds the time of the start, and `trained` exists when training is complete.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    script = Path(__file__).resolve().parent.parent / 'train.py'
+    ckpt, start_file = args.out / 'ckpt.pt', args.out / 'start'
+    command = [sys.executable, str(script), '--data', args.data, '--size', str(SIZE),
+               '--out', str(args.out)]
+    if args.device:
+        command += ['--device', args.device]
+    if ckpt.exists():
+        command.append('--resume')
+    command += args.options
+    copied = time.time()
+    if not (ckpt.exists() and start_file.exists()):
+        start_file.write_text(str(copied))
+    start = float(start_file.read_text())
+    with open(args.out / 'train.txt', 'a') as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             time.sleep(2)
-            if ckpt.exists() and time.time() - copied > given.every:
+            if ckpt.exists() and time.time() - copied > args.every:
                 copied = time.time()
-                shutil.copy(ckpt, given.out / f'ckpt-{ckpt.stat().st_mtime - zero:.0f}.pt')
+                saved = ckpt.stat().st_mtime
+                shutil.copy(ckpt, args.out / f'ckpt-{saved - start:.0f}.pt')
     if process.returncode:
-        raise Problem(f'train.py ended with status {process.returncode}: see {given.out / "train.txt"}')
-    (given.out / 'trained').touch()
+        raise UserError(f'train.py ended with status {process.returncode}: see '
+                        f'{args.out / "train.txt"}')
+    (args.out / 'trained').touch()
+
+
+def parse():
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--data', default='cifar10', help='as for train.py, whose defaults are used')
+    add('--every', type=number(int, 1), default=180, help='seconds between copies (default: 180)')
+    add('--judge-steps', type=number(int, 1), default=1200,
+        help='of the classifier (default: 1200)')
+    add('--n', type=number(int, 1), default=50, help='samples per class (default: 50)')
+    add('--out', type=Path, default=Path('curves'), help='folder for everything (default: curves)')
+    add('--device', help='cuda, mps or cpu; default: the best there is')
+    add('options', nargs='*', help='after --: options for train.py')
+    return parser.parse_args()
 
 
 def main():
-    given = Options(**parse(Options, __doc__))
-    device = pick_device(given.device)
-    if not (given.out / 'trained').exists():
-        train(given)
-    began = float((given.out / 'began').read_text())
-    log = {}                                                                # {(stage, figure): [(minute, value)]}
-    for stage, step, at, name, value in csv.reader(open(given.out / 'log.csv')):
-        log.setdefault((stage, name), []).append(((float(at) - began) / 60, float(value)))
-    minutes = {f: int(f.stem[5:]) / 60 for f in given.out.glob('ckpt-*.pt')}
-    minutes[given.out / 'ckpt.pt'] = log['transformer', 'loss'][-1][0]
+    args = parse()
+    device = pick_device(args.device)
+    if not (args.out / 'trained').exists():
+        train_and_copy(args)
+    start = float((args.out / 'start').read_text())
+    curves = {}                                         # of each figure: minutes and values
+    for key, figures in read_log(args.out / 'log.csv').items():
+        minutes = [(at - start) / 60 for at, _ in figures.values()]
+        values = [value for _, value in figures.values()]
+        curves[key] = (minutes, values)
 
-    pictures, val, classes = read_data(Settings(data=given.data, size=32))
-    judge, real = make_judge(pictures, val, classes, given.judge_steps)
-    distances, shares = [], []
-    for path, minute in sorted(minutes.items(), key=lambda item: item[1]):
-        vae, var, ckpt = load_models(path)
-        if var is None:
-            continue                                                        # still in stage 1
-        right, distance = judge.grade(draw_each(vae.to(device), var.to(device), given.n, device, ckpt['sampling']), real)
-        distances.append((minute, distance))
-        shares.append((minute, right.mean().item()))
-        print(f'minute {minute:.1f}: Frechet distance {distance:.1f}, {right.mean():.1%} told right', flush=True)
+    config = make_config({}, read_checkpoint(args.out / 'ckpt.pt')['config'])
+    train, val, classes, _ = read_data(config)
+    classifier, real = train_classifier(train, val, classes, args.judge_steps, device)
+    files = {int(path.stem.removeprefix('ckpt-')) / 60: path for path in args.out.glob('ckpt-*.pt')}
+    last_minutes, _ = curves['transformer', 'loss']
+    files[last_minutes[-1]] = args.out / 'ckpt.pt'
+    graded, distances, shares = [], [], []
+    for minute, path in sorted(files.items()):
+        vae, var, ckpt = load(path)
+        if var is None:                                 # a copy from stage 1
+            continue
+        vae, var = vae.to(device), var.to(device)
+        samples = draw_classes(vae, var, args.n, device, ckpt['sampling'])  # (C, n, H, W, 3)
+        share, distance = classifier.grade(samples, real)
+        graded.append(minute)
+        distances.append(distance)
+        shares.append(share.mean().item())
+        print(f'minute {minute:.1f}: Frechet distance {distance:.1f}, {shares[-1]:.1%} classified '
+              'correctly', flush=True)
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), constrained_layout=True)
-    for axis, points, label in zip(axes, (log['tokenizer', 'PSNR'], log['transformer', 'loss'], distances, shares),
-                                   ('tokenizer: PSNR, dB', 'transformer: validation loss, nats a token',
-                                    'samples: Frechet distance', 'samples told as the class asked for')):
-        axis.plot(*zip(*points), 'o-')
-        axis.set(title=label, xlabel='minutes since the start', xlim=(0, None))
-    figure.savefig(given.out / 'curves.png', dpi=70)
-    for (stage, name), points in log.items():
+    panels = {'tokenizer: PSNR, dB': curves.get(('tokenizer', 'PSNR'), ([], [])),
+              'transformer: validation loss, nats per token': curves['transformer', 'loss'],
+              'samples: Frechet distance': (graded, distances),
+              'samples: share classified correctly': (graded, shares)}
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.4), constrained_layout=True)
+    for axis, (title, (minutes, values)) in zip(axes, panels.items()):
+        axis.plot(minutes, values, 'o-')
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel='minutes since the start', xlim=(0, None))
+    figure.savefig(args.out / 'curves.png', dpi=70)
+    for (stage, name), (minutes, values) in curves.items():
         if name in ('PSNR', 'loss', 'error'):
-            print(f'{stage} {name}:', ', '.join(f'{value:.4g} ({minute:.1f} min)' for minute, value in points))
+            points = [f'{value:.4g} ({minute:.1f} min)' for minute, value in zip(minutes, values)]
+            print(f'{stage} {name}:', ', '.join(points))
 
 
 if __name__ == '__main__':

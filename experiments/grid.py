@@ -1,126 +1,177 @@
-"""Pictures of what the models learn: Fig. 7, Fig. 9, and where VAR looks.
+"""Figures of what the models learn: Fig. 7, Fig. 9, and the attention over scales.
 
-    python experiments/scaling.py --data cifar10 && python experiments/grid.py
+    python experiments/scaling.py --data cifar10        # leaves the samples of Fig. 7
+    python experiments/grid.py
 
-grid.png, Fig. 7: rows are depths, columns shares of the training, of one seed and class by class.
-encoder.png, Fig. 9: the encoder's last self-attention, from four places of a picture: its tokens depend
-on each other in all directions, and so no raster order of them has the property that (1) assumes.
-attention.png: which earlier scales a token of each scale looks at, a mean over a validation set's pictures.
+Writes three images into --out:
+- grid.png, Fig. 7: a row per depth. The columns are four classes, each after growing shares of the
+  training, all from one seed.
+- encoder.png, Fig. 9: the last self-attention of the encoder, from four positions of three images.
+  Its tokens depend on each other in all directions, so that no raster order of them has the
+  property that equation (1) assumes.
+- attention.png, beyond the paper: how much the tokens of each scale attend to each scale, averaged
+  over heads and validation images.
+
+Letters: B images, C channels, P side of the latent, K scales, L tokens of all scales, d depth,
+h heads.
 """
+import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import var as var_module                                                    # noqa: E402
-from judge import everything                                                # noqa: E402
-from sample import Problem, load_models, parse, run, save_grid, to_uint8     # noqa: E402
-from train import Options as Settings, read_data                            # noqa: E402
-
-
-@dataclass
-class Options:
-    """The options of the command line, as --name value."""
-    runs: Path = Path('scaling')        # what scaling.py left
-    ckpt: Path = Path('ckpt.pt')        # the models whose attention is shown
-    data: str = 'cifar10'               # as for train.py
-    n: int = 64                         # validation pictures for the attention of the transformer
-    out: Path = Path('.')               # folder of the three pictures
+from tokenizer import UserError, make_grid, save_image, to_tensor           # noqa: E402
+from train import make_config, read_data                                    # noqa: E402
+from var import Parser, load, number, pick_device, run, scale_of_token      # noqa: E402
 
 
 def draw_grid(runs, path):
-    """Fig. 7: a row a depth; four classes side by side, each after growing shares of the training."""
-    depths = sorted(runs.glob('d*'), key=lambda f: int(f.name[1:]))
-    if not depths:
-        raise Problem(f'{runs}: nothing of scaling.py is there')
+    """Fig. 7, from the samples-<per cent>.npy of scaling.py: uint8 (classes, H, W, 3) each."""
+    folders = sorted(runs.glob('d*'), key=lambda folder: int(folder.name[1:]))
     rows = []
-    for folder in depths:
-        stages = sorted(folder.glob('*.npy'), key=lambda f: int(f.stem))
-        drawn = np.stack([np.load(f) for f in stages], axis=1)[:4]          # (classes, stages, H, W, 3)
-        rows.append(drawn.reshape(-1, *drawn.shape[2:]))
-    save_grid(path, rows)
-    print(f'{path}: rows are depths', *(f.name[1:] for f in depths), '; columns, class by class:',
-          *(f'{f.stem} %' for f in stages))
+    for folder in folders:
+        percents = sorted(int(file.stem.removeprefix('samples-'))
+                          for file in folder.glob('samples-*.npy'))
+        samples = [np.load(folder / f'samples-{percent}.npy') for percent in percents]
+        if samples:
+            four = np.stack(samples, axis=1)[:4]        # (4 classes, percents, H, W, 3)
+            rows.append(four.reshape(-1, *four.shape[2:]))
+            print(f'{path}: row {len(rows)} has depth {folder.name[1:]}, and for each class the '
+                  'samples at', *percents, '% of the training')
+    if not rows:
+        raise UserError(f'{runs}: no samples of scaling.py in it')
+    save_image(path, [make_grid(rows)])
 
 
 def encoder_attention(vae, image):
-    """The last self-attention of the encoder, (P * P, P * P): rows look, columns are looked at."""
-    block, seen = vae.encoder.mid.attn_1, []
-    handle = block.norm.register_forward_hook(lambda module, inputs, x: seen.append(x))
-    vae.latent(image)
+    """The last self-attention of the encoder for one image (1, 3, H, W): the weights
+    (P * P, P * P). A row belongs to the position that attends."""
+    block = vae.encoder.mid.attn_1
+    inputs = []
+    handle = block.norm.register_forward_hook(lambda module, args, x: inputs.append(x))
+    vae.to_latent(image)
     handle.remove()
-    q, k, _ = block.qkv(seen[0]).flatten(2).chunk(3, dim=1)                 # (1, C, P * P) each
-    return (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)[0]
+    qkv = block.qkv(inputs[0])                                              # (1, 3C, P, P)
+    q, k, _ = qkv.flatten(2).chunk(3, dim=1)                                # (1, C, P * P) each
+    scores = q.transpose(1, 2) @ k * q.shape[1] ** -0.5                     # (1, P * P, P * P)
+    return scores.softmax(-1)[0]
 
 
 def scale_attention(vae, var, images, labels):
-    """How much a token of scale i looks at each token set of scale j: (depth, K, K), rows sum to 1."""
-    lengths, shares = [p * p for p in var.patch_nums], []
-    usual = var_module.attend
+    """How much the tokens of each scale attend to each scale: (d, K, K), rows add up to 1.
 
-    def attend(q, k, v):
-        weights = (q.float() @ k.float().transpose(2, 3)).softmax(-1)       # (B, h, l, m)
-        ends = np.cumsum(lengths)
-        parts = weights.split(lengths[:(ends <= k.shape[2]).sum()], dim=3)  # of the scales up to its own
-        row = torch.stack([part.sum(3).mean() for part in parts])
-        shares.append(torch.nn.functional.pad(row, (0, len(lengths) - len(row))))
-        return usual(q, k, v)
+    images (B, 3, H, W), labels (B,). Each block computes its weights in one pass over all scales
+    under the block-causal mask; here they are recomputed next to it.
+    """
+    K = len(var.patch_nums)
+    in_scale = F.one_hot(scale_of_token(var.patch_nums), K).float().to(images.device)       # (L, K)
+    tokens_of_scale = in_scale.sum(0)[:, None]                              # (K, 1)
+    shares = []
+    usual_attend = var_module.attend
+
+    def attend(q, k, v, mask):
+        scores = q.float() @ k.float().transpose(2, 3) + mask               # (B, h, L, L)
+        weights = scores.softmax(-1).mean((0, 1))                           # (L, L)
+        shares.append(in_scale.T @ weights @ in_scale / tokens_of_scale)    # (K, K)
+        return usual_attend(q, k, v, mask)
 
     var_module.attend = attend
     try:
         var(labels, vae.var_input(vae.encode(images)))
     finally:
-        var_module.attend = usual
-    return torch.stack(shares).view(-1, len(lengths), len(lengths)).flip(1)     # the last scale looks first
+        var_module.attend = usual_attend
+    return torch.stack(shares)
+
+
+def draw_encoder_attention(vae, images, path):
+    """Fig. 9, for three images uint8 (3, H, W, 3): a row per image, with four positions that
+    attend, marked by crosses."""
+    device, P = vae.quantize.embedding.weight.device, vae.patch_nums[-1]
+    near, middle, far = P // 4, P // 2, 3 * P // 4
+    positions = [(near, near), (near, far), (middle, middle), (far, near)]
+    figure, axes = plt.subplots(3, 5, figsize=(9, 5.5), constrained_layout=True)
+    for row, image in zip(axes, images):
+        weights = encoder_attention(vae, to_tensor(image[None].to(device))).cpu()
+        row[0].imshow(image.numpy())
+        for axis, (y, x) in zip(row[1:], positions):
+            axis.imshow(weights[y * P + x].view(P, P).numpy())
+            axis.plot(x, y, 'r+', ms=12)
+        for axis in row:
+            axis.axis('off')
+    figure.suptitle("The encoder's last self-attention: what each marked position (+) attends to")
+    figure.savefig(path, dpi=70)
+
+
+def draw_scale_attention(shares, patch_nums, path):
+    """A matrix in per cent for the mean of all blocks, and one for each block: shares (d, K, K)."""
+    names, K, d = [f'{p}x{p}' for p in patch_nums], len(patch_nums), len(shares)
+    matrices = {'all blocks': shares.mean(0)}
+    for i, share in enumerate(shares, start=1):
+        matrices[f'block {i}'] = share
+    figure, axes = plt.subplots(1, 1 + d, figsize=(3.2 * (1 + d), 3.4), constrained_layout=True)
+    for axis, (title, matrix) in zip(axes, matrices.items()):
+        axis.imshow(matrix.numpy(), vmin=0, vmax=1, cmap='Blues')
+        for i in range(K):
+            for j in range(i + 1):
+                colour = 'white' if matrix[i, j] > 0.5 else 'black'
+                axis.text(j, i, f'{100 * matrix[i, j]:.0f}', ha='center', va='center', fontsize=7,
+                          color=colour)
+        axis.set(title=title, xticks=range(K), yticks=range(K))
+        axis.set_xticklabels(names, fontsize=7)
+        axis.set_yticklabels(names, fontsize=7)
+    axes[0].set(ylabel='tokens of this scale', xlabel='attend to this scale, %')
+    figure.savefig(path, dpi=70, bbox_inches='tight')       # or the titles are cut off
+
+
+def parse():
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--runs', type=Path, default=Path('scaling'), help='the --out of scaling.py')
+    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='the models whose attention is shown')
+    add('--data', default='cifar10', help='as for train.py')
+    add('--n', type=number(int, 3), default=64, help='validation images (default: 64)')
+    add('--out', type=Path, default=Path('.'), help='folder of the three images')
+    add('--device', help='cuda, mps or cpu; default: the best there is')
+    return parser.parse_args()
 
 
 @torch.no_grad()
 def main():
-    given = Options(**parse(Options, __doc__))
-    given.out.mkdir(parents=True, exist_ok=True)
-    draw_grid(given.runs, given.out / 'grid.png')
-    vae, var, _ = load_models(given.ckpt)
+    args = parse()
+    device = pick_device(args.device)
+    draw_grid(args.runs, args.out / 'grid.png')
+    vae, var, _ = load(args.ckpt)
     if var is None:
-        raise Problem(f'{given.ckpt} has a tokenizer only')
-    _, val, _ = read_data(Settings(data=given.data, size=vae.image_size))
-    images, labels = everything(val, given.n)
+        raise UserError(f'{args.ckpt} has a tokenizer only: continue with train.py --resume')
+    vae, var = vae.to(device), var.to(device)
+    config = make_config({'data': args.data, 'size': vae.image_size}, {})
+    _, val, classes, _ = read_data(config)
+    if var.num_classes != len(classes):
+        raise UserError(f'--data {args.data} has other classes than {args.ckpt}')
+    images, labels = val.some(args.n)                                       # (n, H, W, 3), (n,)
 
-    P, figure = vae.patch_nums[-1], plt.figure(figsize=(9, 5.5), constrained_layout=True)
-    axes = figure.subplots(3, 5)
-    for row, i in zip(axes, (0, given.n // 3, 2 * given.n // 3)):
-        weights = encoder_attention(vae, images[i:i + 1])
-        row[0].imshow(to_uint8(images[i:i + 1] / 2 + 0.5)[0])
-        for axis, (y, x) in zip(row[1:], [(P // 4, P // 4), (P // 4, 3 * P // 4), (P // 2, P // 2), (3 * P // 4, P // 4)]):
-            axis.imshow(weights[y * P + x].view(P, P))
-            axis.plot(x, y, 'r+', ms=12)
-        for axis in row:
-            axis.axis('off')
-    figure.suptitle("The encoder's last self-attention: where each marked place (+) looks")
-    figure.savefig(given.out / 'encoder.png', dpi=70)
+    n = len(images)
+    draw_encoder_attention(vae, images[[0, n // 3, 2 * n // 3]], args.out / 'encoder.png')
 
-    shares = scale_attention(vae, var, images, labels)                      # (depth, K, K)
-    names, K = [f'{p}x{p}' for p in var.patch_nums], len(var.patch_nums)
-    figure, axes = plt.subplots(1, 1 + len(shares), figsize=(3.2 * (1 + len(shares)), 3.4), constrained_layout=True)
-    for axis, share, title in zip(axes, [shares.mean(0), *shares], ['all blocks', *(f'block {i}' for i in range(1, 99))]):
-        axis.imshow(share, vmin=0, vmax=1, cmap='Blues')
-        for i in range(K):
-            for j in range(i + 1):
-                axis.text(j, i, f'{100 * share[i, j]:.0f}', ha='center', va='center', fontsize=7,
-                          color='white' if share[i, j] > 0.5 else 'black')
-        axis.set(title=title, xticks=range(K), yticks=range(K))
-        axis.set_xticklabels(names, fontsize=7)
-        axis.set_yticklabels(names, fontsize=7)
-    axes[0].set(ylabel='a token of this scale', xlabel='looks at this scale, %')
-    figure.savefig(given.out / 'attention.png', dpi=70)
-    for name, share in zip(names, shares.mean(0)):
-        print(f'{name:>6} looks at', ', '.join(f'{n} {s:.0%}' for n, s in zip(names, share) if s))
+    shares = 0
+    for x, label in zip(images.split(16), labels.split(16)):    # (L, L) weights need much memory
+        share = scale_attention(vae, var, to_tensor(x.to(device)), label.to(device))
+        shares = shares + share.cpu() * len(x) / n                          # (d, K, K)
+    draw_scale_attention(shares, vae.patch_nums, args.out / 'attention.png')
+    names = [f'{p}x{p}' for p in vae.patch_nums]
+    for i, row in enumerate(shares.mean(0).tolist()):
+        parts = [f'{name} {share:.0%}' for name, share in zip(names[:i + 1], row)]
+        print(f'{names[i]:>6} attends to', ', '.join(parts))
 
 
 if __name__ == '__main__':

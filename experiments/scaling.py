@@ -1,17 +1,24 @@
-"""Section 5.2 at a size that anyone can run: loss and token error against parameters and compute.
+"""Section 5.2 at a small size: loss and token error against parameters and training compute.
 
     python train.py --data cifar10                                  # the tokenizer, in ckpt.pt
-    python experiments/scaling.py --data cifar10 --dry-run          # what it is going to do
-    python experiments/scaling.py --data cifar10 --depths 2 3 4 6   # the whole of it
+    python experiments/scaling.py --data cifar10 --dry-run          # what is to be done
+    python experiments/scaling.py --data cifar10 --depths 2 3 4 6   # all of it
 
-Transformers of several depths, (7), on the same tokens, with the same batches and steps. Every depth
-has a folder of its own and goes on after an interruption; what is finished is not trained again. So
-depths can be shared among machines: run one with each --depths (--dry-run prints the commands), all
-with the same --out, and at the end the whole. Writes scaling.csv and scaling.png (Figs. 5 and 6).
+Transformers of several depths, equation (7), are trained on the same tokens, with the same batches
+and steps. Each depth has a folder of its own, continues where it was interrupted, and is not
+trained again when it is complete. Depths can therefore be shared among machines: run one --depths
+on each (--dry-run prints the commands), all with the same --out, and in the end the whole command.
+Writes scaling.csv and, for three depths or more, scaling.png (Figs. 5 and 6) and the power laws.
+The samples for Fig. 7, which grid.py draws, are in the folders of the depths.
+
+Letters: N parameters, C training compute, L tokens of all scales, V codes, z code dimension.
 """
+import argparse
 import csv
+import math
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,163 +30,261 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train                                                                # noqa: E402
-from ablation import stage_of                                               # noqa: E402
-from sample import Problem, parse, pick_device, precision, read_weights, run, to_uint8   # noqa: E402
-from tokenizer import VQVAE                                                 # noqa: E402
-from var import VAR                                                         # noqa: E402
+from ablation import train_or_load                                          # noqa: E402
+from bench import seconds_of                                                # noqa: E402
+from curves import read_log                                                 # noqa: E402
+from tokenizer import UserError, to_uint8, write_file                       # noqa: E402
+from train import TransformerStage, make_config, read_data, tokenize        # noqa: E402
+from var import VAR, Parser, load, number, pick_device, precision, run      # noqa: E402
 
-WHAT = {'loss last': 'L, last scale', 'loss': 'L, all scales',
-        'error last': 'Err, last scale', 'error': 'Err, all scales'}
+FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
+           'error last': 'Err, last scale', 'error': 'Err, all scales'}
 
 
 @dataclass
-class Options:
-    """The options of the command line, as --name value."""
-    ckpt: Path = Path('ckpt.pt')        # its tokenizer is used, and its settings
-    data: str = 'cifar10'               # as for train.py
-    depths: list = ('2', '3', '4', '6')     # of the transformers
-    steps: int = 1000                   # of each
-    batch: int = 32                     # pictures a step
-    lr: float = 1.5e-3                  # peak learning rate at depth 4; others: times (4 / d) ** .5
-    out: Path = Path('scaling')         # folder of all that this makes
-    device: str = None                  # cuda, mps or cpu; the best there is if not given
-    dry_run: bool = False               # print the plan with its time, and end
+class Run:
+    """One depth. N and C as in Section 5.2, C in PFLOP; course: {step: figures}, when trained."""
+    depth: int
+    N: int
+    C: float
+    folder: Path
+    course: dict = None
 
 
 def parameters(var):
-    """Weights but for embeddings and head: what (8) counts."""
+    """N: the weights without embeddings and head, which is what equation (8) counts."""
     return sum(p.numel() for block in var.blocks for p in block.parameters())
 
 
-def compute(var, pictures):
-    """Training compute in PFlop: six for each weight and token, the attention's products too.
+def compute(var, images):
+    """Training compute in PFLOP: six for each weight and token, and for each product of attention.
 
-    Weights of AdaLN see one vector a picture, not one a token.
+    The weights of AdaLN are applied once per image, not once per token. Attention is counted as it
+    is computed, with the products that the mask removes.
     """
-    L, seen = len(var.lvl_1L[0]), torch.tensor(var.patch_nums) ** 2
-    ada = sum(p.numel() for b in var.blocks for n, p in b.named_parameters() if 'ada_lin' in n)
-    attention = 2 * (seen * seen.cumsum(0)).sum().item() * var.head.in_features * len(var.blocks)
-    return 6 * pictures * ((parameters(var) - ada + var.head.weight.numel()) * L + ada + attention) / 1e15
+    L, w = len(var.mask), var.head.in_features
+    ada = sum(p.numel() for name, p in var.blocks.named_parameters() if 'ada_lin' in name)
+    per_token = parameters(var) - ada + var.head.weight.numel()
+    attention = 2 * L * L * w * len(var.blocks)                 # q k^T, and the weights times v
+    return 6 * images * (per_token * L + ada + attention) / 1e15
 
 
-def power_law(x, y):
-    """(9) with an irreducible term: y = e + (b x)^a. Returns e, a, its standard error, b, r.
-
-    For each e the rest is a line in log-log (10); e is that of the best Pearson coefficient r, and
-    is 0 where no other makes the line straighter by more than 0.001. The error of a is for e given.
-    """
-    def line(e):
-        log_x, log_y = np.log(x), np.log(y - e)
-        r, slope = np.corrcoef(log_x, log_y)[0, 1], np.polyfit(log_x, log_y, 1)
-        error = abs(slope[0]) * np.sqrt(max(0., 1 / r ** 2 - 1) / max(1, len(x) - 2))
-        return r, (e, slope[0], error, np.exp(slope[1] / slope[0]), r)
-
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    straight, best = line(0.), min((line(e) for e in np.linspace(0, .99, 100) * y.min()))
-    return (best if best[0] < straight[0] - 1e-3 else straight)[1]
+# ---- Power laws ----
 
 
-def finished(folder):
-    """Rows {step: figures} of a depth's log.csv; an evaluation that was run twice counts once."""
-    rows = {}
-    for stage, step, _, name, value in csv.reader(open(folder / 'log.csv')):
-        rows.setdefault(int(step), {})[name] = float(value)
-    return rows
+@dataclass
+class PowerLaw:
+    """y = e + (b x)^a, equation (9) with an irreducible term e. error: the standard error of a for
+    this e; r: the Pearson coefficient of the line in log-log, as in (10)."""
+    e: float
+    a: float
+    error: float
+    b: float
+    r: float
+
+    def text(self, y, x):
+        return (f'{y} = {self.e:.3g} + ({self.b:.3g} {x})^{self.a:.3g} (+- {self.error:.1g}), '
+                f'r {self.r:.4f}')
 
 
-class Stage(train.TransformerStage):
-    """Also keeps, at every evaluation, a picture of each of the first ten classes: for grid.py."""
+def fit_line(x, y, e):
+    """The PowerLaw for a given e: a line through log x and log(y - e)."""
+    log_x, log_y = np.log(x), np.log(y - e)
+    r = np.corrcoef(log_x, log_y)[0, 1]
+    a, offset = np.polyfit(log_x, log_y, 1)
+    error = abs(a) * math.sqrt(max(0., 1 / r ** 2 - 1) / max(1, len(x) - 2))
+    return PowerLaw(e, a, error, math.exp(offset / a), r)
+
+
+def fit_power_law(x, y):
+    """The PowerLaw of falling values y (n,) at x (n,): e is 0, or that of the straightest line if
+    it improves r by more than 0.001."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    plain = fit_line(x, y, 0.)
+    lines = [fit_line(x, y, share * y.min()) for share in np.linspace(0, 0.99, 100)]
+    best = min(lines, key=lambda line: line.r)                  # r is -1 for a perfect line
+    return best if best.r < plain.r - 1e-3 else plain
+
+
+def pareto_front(points):
+    """The points (compute, y) that are below all points with less compute, sorted."""
+    front, lowest = [], math.inf
+    for x, y in sorted(points):
+        if y < lowest:
+            front.append((x, y))
+            lowest = y
+    return front
+
+
+# ---- Training ----
+
+
+class ScalingStage(TransformerStage):
+    """Also stores, at every evaluation, a sample of each of the first ten classes for grid.py."""
+
     def evaluate(self):
-        images = self.var.generate(self.vae, range(min(10, self.var.num_classes)), seed=0, **self.args.sampling)
-        np.save(self.args.out / f'{round(100 * self.progress)}.npy', to_uint8(images))
+        classes = list(range(min(10, self.var.num_classes)))
+        images = self.var.generate(self.vae, classes, seed=0, **self.config.sampling)
+        percent = round(100 * self.step / self.steps)
+        path = self.config.out / f'samples-{percent}.npy'
+        write_file(path, lambda f: np.save(f, to_uint8(images)))            # (classes, H, W, 3)
         return super().evaluate()
 
 
-def draw(out, models):
-    """Figs. 5 and 6: the last figures against N, and the course of all depths against C."""
-    figure, axes = plt.subplots(2, 4, figsize=(17, 8), constrained_layout=True)
+def read_course(folder):
+    """The evaluations of a trained depth, from log.csv: {step: {name: value}}."""
+    log = read_log(folder / 'log.csv')
+    course = {}
+    for step in log['transformer', 'loss']:
+        course[step] = {name: log['transformer', name][step][1] for name in FIGURES}
+    return course
+
+
+def seconds_per_pflop(vae, num_classes, batch, device):
+    """The pace of training at depth 4, from one forward and backward pass of a batch."""
+    V, z = vae.quantize.embedding.weight.shape
+    var = VAR(vae.patch_nums, 4, num_classes, V, z).to(device).train()
+    tokens = [torch.randint(V, (batch, p * p), device=device) for p in vae.patch_nums]
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def step():
+        with precision(device):
+            _, loss = var(labels, vae.var_input(tokens), torch.cat(tokens, dim=1))
+        loss.backward()
+
+    return seconds_of(step, device, repetitions=1) / compute(var, batch)
+
+
+# ---- Output ----
+
+
+def draw(runs, path):
+    """Figs. 5 and 6: the last figures against N (above) and all of them against C (below).
+
+    Returns the power laws, a line each.
+    """
     laws = []
-    for column, (name, title) in enumerate(WHAT.items()):
-        N = np.array([n for _, n, _, _ in models])
-        y = np.array([course[max(course)][name] for *_, course in models])
-        e, a, error, b, r = power_law(N / 1e6, y)
-        laws.append(f'{title} = {e:.3g} + ({b:.3g} N)^{a:.3g} (+- {error:.1g}), r {r:.4f}; N in million')
+    figure, axes = plt.subplots(2, 4, figsize=(18, 8), constrained_layout=True)
+    N = np.array([one.N / 1e6 for one in runs])
+    for (above, below), (name, title) in zip(axes.T, FIGURES.items()):
+        y = [one.course[max(one.course)][name] for one in runs]
+        law = fit_power_law(N, y)
+        laws.append(law.text(title, 'N') + '; N in millions')
         x = np.geomspace(N.min(), N.max())
-        axes[0, column].plot(N, y, 'o', color='C0')
-        axes[0, column].plot(x, e + (b * x / 1e6) ** a, '--', color='grey')
-        axes[0, column].set(xlabel='parameters N', xscale='log', yscale='log')
-        axes[0, column].set_title(laws[-1].replace(' (+-', '\n(+-'), fontsize=9)
+        above.plot(N, y, 'o', color='C0')
+        above.plot(x, law.e + (law.b * x) ** law.a, '--', color='grey')
+        above.set(xlabel='parameters N, millions', xscale='log', yscale='log')
+        above.set_title(law.text(title, 'N').replace(' (+-', '\n(+-'), fontsize=9)
+
         points = []
-        for d, _, C, course in models:
-            part = [(C * step / max(course), figures[name]) for step, figures in course.items() if step]
-            points += part
-            axes[1, column].plot(*zip(*part), 'o-', label=f'd {d}', lw=1, ms=3)
-        front = [p for p in sorted(points) if all(p[1] < q[1] for q in points if q[0] < p[0])]
+        for one in runs:
+            steps = sorted(one.course)
+            C = [one.C * step / steps[-1] for step in steps]
+            values = [one.course[step][name] for step in steps]
+            points += list(zip(C, values))
+            below.plot(C, values, 'o-', label=f'depth {one.depth}', lw=1, ms=3)
+        front = pareto_front(points)
+        front_C, front_y = [C for C, _ in front], [y for _, y in front]
+        title_below = title
         if len(front) > 2:
-            e, a, error, b, r = power_law(*zip(*front))
-            laws.append(f'{title} = {e:.3g} + ({b:.3g} C)^{a:.3g} (+- {error:.1g}), r {r:.4f}; C in PFlop')
-            axes[1, column].plot(*zip(*front), 'k--', lw=1, label='Pareto front')
-        axes[1, column].set(title=title, xlabel='training compute C, PFlop', xscale='log', yscale='log')
-        axes[1, column].legend(fontsize=8)
-    figure.savefig(out / 'scaling.png', dpi=70)
-    with open(out / 'scaling.csv', 'w') as f:
-        f.write('depth,parameters,PFlop,step,' + ','.join(WHAT) + '\n')
-        f.writelines(f'{d},{n},{C * step / max(course):.4g},{step},'
-                     + ','.join(f'{figures[name]:.5g}' for name in WHAT) + '\n'
-                     for d, n, C, course in models for step, figures in course.items())
-    print(*laws, sep='\n')
+            law = fit_power_law(front_C, front_y)
+            laws.append(law.text(title, 'C') + '; C in PFLOP')
+            title_below = law.text(title, 'C').replace(' (+-', '\n(+-')
+            below.plot(front_C, front_y, 'k--', lw=1, label='Pareto front')
+        below.set(xlabel='training compute C, PFLOP', xscale='log', yscale='log')
+        below.set_title(title_below, fontsize=9)
+        below.legend(fontsize=8)
+        for axis in (above, below):                     # 4.2 instead of 4.2 x 10^0
+            axis.yaxis.set_major_formatter('{x:.4g}')
+            axis.yaxis.set_minor_formatter('{x:.4g}')
+    figure.savefig(path, dpi=70)
+    return laws
+
+
+def write_table(runs, path):
+    with open(path, 'w', newline='') as f:
+        table = csv.writer(f)
+        table.writerow(['depth', 'parameters', 'PFLOP', 'step', *FIGURES])
+        for one in runs:
+            for step, figures in one.course.items():
+                C = one.C * step / max(one.course)
+                values = [f'{figures[name]:.5g}' for name in FIGURES]
+                table.writerow([one.depth, one.N, f'{C:.4g}', step, *values])
+
+
+def parse():
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='its tokenizer and its options are used')
+    add('--data', default='cifar10', help='as for train.py')
+    add('--depths', type=number(int, 1), nargs='+', default=[2, 3, 4, 6],
+        help='of the transformers (default: 2 3 4 6)')
+    add('--steps', type=number(int, 1), default=1000, help='of each (default: 1000)')
+    add('--batch', type=number(int, 1), default=32, help='images per step (default: 32)')
+    add('--lr', type=number(float, 0), default=1.5e-3,
+        help='peak learning rate at depth 4; at depth d it is sqrt(4 / d) times that')
+    add('--out', type=Path, default=Path('scaling'),
+        help='folder for everything (default: scaling)')
+    add('--device', help='cuda, mps or cpu; default: the best there is')
+    add('--dry-run', action='store_true', help='print the plan and the time it takes, and end')
+    return parser.parse_args()
 
 
 def main():
-    given = Options(**parse(Options, __doc__))
-    device, ckpt = pick_device(given.device), read_weights(given.ckpt)
-    base = {k: v for k, v in ckpt['config'].items() if k not in ('data', 'steps', 'batch', 'lr')}
-    args = train.Options(**base, data=given.data, steps=given.steps, batch=given.batch)
-    args.device, args.workers, args.out, args.accumulate = device, 1, given.out, 1
-    vae = VQVAE.from_state_dict(ckpt['vae'], ckpt['patch_nums']).to(device).eval().requires_grad_(False)
-    # Part of what a finished depth is recognised by: another tokenizer makes other tokens.
-    args.tokenizer = f'{given.ckpt} {vae.quantize.embedding.weight.sum().item()}'
-    classes, V_z = ckpt['classes'], vae.quantize.embedding.weight.shape
-    models, began = [], time.time()
-    for d in map(int, given.depths):
-        var = VAR(vae.patch_nums, d, len(classes), *V_z)
-        models.append([d, parameters(var), compute(var, args.steps * args.batch), given.out / f'd{d}'])
-    if given.dry_run:
-        var = VAR(vae.patch_nums, 4, len(classes), *V_z).to(device).train()
-        tokens = [torch.randint(V_z[0], (args.batch, p * p), device=device) for p in vae.patch_nums]
-        for _ in range(2):                                          # the first one warms up
-            getattr(torch, device.type).synchronize()
-            start = time.time()
-            with precision(device):
-                labels = torch.zeros(args.batch, dtype=torch.long, device=device)
-                loss, _ = var(labels, vae.var_input(tokens), tokens=torch.cat(tokens, dim=1))
-            loss.mean().backward()
-            getattr(torch, device.type).synchronize()
-        pace = (time.time() - start) / compute(var, args.batch)     # seconds a PFlop, at depth 4
-        for d, N, C, _ in models:
-            print(f'd {d}: {N / 1e6:.2f} M parameters, {C:.3g} PFlop, about {C * pace / 60:.0f} min:  python '
-                  f'{sys.argv[0]} --ckpt {given.ckpt} --data {given.data} --steps {args.steps} '
-                  f'--batch {args.batch} --lr {given.lr} --out {given.out} --depths {d}')
+    args = parse()
+    device, began = pick_device(args.device), time.time()
+    vae, _, ckpt = load(args.ckpt)
+    if 'config' not in ckpt:
+        raise UserError(f'{args.ckpt} was not made by train.py')
+    vae = vae.to(device).requires_grad_(False)
+    V, z = vae.quantize.embedding.weight.shape
+    classes, runs = ckpt['classes'], []
+    for depth in args.depths:
+        var = VAR(vae.patch_nums, depth, len(classes), V, z)
+        C = compute(var, args.steps * args.batch)
+        runs.append(Run(depth, parameters(var), C, args.out / f'd{depth}'))
+    if args.dry_run:
+        pace = seconds_per_pflop(vae, len(classes), args.batch, device)
+        for one in runs:
+            print(f'depth {one.depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP, about '
+                  f'{one.C * pace / 60:.0f} min:  python {sys.argv[0]} --ckpt {args.ckpt} '
+                  f'--data {args.data} --steps {args.steps} --batch {args.batch} --lr {args.lr} '
+                  f'--out {args.out} --depths {one.depth}')
         return
-    *data, names = train.read_data(args)
+
+    # epochs=0: all depths make the same number of steps, however few images there are.
+    # saln=False: the scaling laws are about one AdaLN projection per block, equation (8).
+    base = dict(data=args.data, steps=args.steps, batch=args.batch, epochs=0., saln=False,
+                device=device)
+    # Tokens go to the folder of the first depth, where no other machine writes.
+    config = make_config(dict(base, out=runs[0].folder), ckpt['config'])
+    train, val, names, _ = read_data(config)
     if names != classes:
-        raise Problem(f'--data {given.data} has other classes than {given.ckpt}')
-    args.out = models[0][3]                                         # no other machine writes there
-    with precision(device):
-        sets = [train.tokenize(vae, x, args, name) for x, name in zip(data, ('train', 'val'))]
-    for model in models:
-        d, _, _, folder = model
-        args.depth, args.lr = d, given.lr * (4 / d) ** 0.5
-        config = {k: v for k, v in vars(args).items() if k not in train.MACHINE}
-        stage_of(lambda: Stage(args, vae, VAR(vae.patch_nums, d, len(classes), *V_z).to(device), *sets), args, folder,
-                 **{k: ckpt[k] for k in ('version', 'classes', 'patch_nums', 'sampling')}, stage='transformer', config=config)
-        model[3] = finished(folder)
-        print(f'd {d}: {model[1] / 1e6:.2f} M parameters, {model[2]:.3g} PFlop,',
-              ', '.join(f'{k} {model[3][max(model[3])][k]:.4f}' for k in WHAT), flush=True)
-    if len(models) > 2:
-        draw(given.out, models)
-    print(f'{(time.time() - began) / 60:.0f} minutes, results in {given.out}')
+        raise UserError(f'--data {args.data} has other classes than {args.ckpt}')
+    stored = tokenize(vae, train, config, 'train', config.views)
+    stored_val = tokenize(vae, val, config, 'val')
+    # With these, sample.py can sample from the ckpt.pt of a depth.
+    shared = {name: ckpt[name] for name in ('classes', 'words', 'patch_nums', 'sampling', 'vae')}
+    # Another tokenizer makes other tokens: what was trained on those is trained again.
+    codebook = zlib.crc32(ckpt['vae']['quantize.embedding.weight'].numpy().tobytes())
+    for one in runs:
+        lr = args.lr * math.sqrt(4 / one.depth)
+        config = make_config(dict(base, depth=one.depth, lr=lr, out=one.folder), ckpt['config'])
+
+        def make_stage():
+            var = VAR(vae.patch_nums, one.depth, len(classes), V, z).to(device)
+            return ScalingStage(config, vae, var, stored, stored_val)
+
+        train_or_load(make_stage, config, codebook, stage='transformer', **shared)
+        one.course = read_course(one.folder)
+        last = one.course[max(one.course)]
+        print(f'depth {one.depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP,',
+              ', '.join(f'{name} {last[name]:.4f}' for name in FIGURES), flush=True)
+    write_table(runs, args.out / 'scaling.csv')
+    if len(runs) > 2:
+        print(*draw(runs, args.out / 'scaling.png'), sep='\n')
+    print(f'{(time.time() - began) / 60:.0f} minutes, results in {args.out}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,126 @@
+"""Zero-shot editing (Section 6, Fig. 8): in-painting, out-painting, class-conditional editing.
+
+    python experiments/edit.py photo.jpg --mask mask.png --paste            # in-painting
+    python experiments/edit.py photo.jpg --box .25,.25,.75,.75 --cls 284    # as class 284
+    python experiments/edit.py photo.jpg --box 0,0,1,.5 --outside           # out-painting
+
+The white part of the mask, or the inside of the boxes, is generated; the rest is kept. Without
+--cls the label is "no class", as in the paper's in- and out-painting. The sheet shows in each row
+the photograph, the part that is kept, and the results. The tokens that are kept are those of the
+whole photograph, so that the kept part shows the tokenizer's own errors; --paste puts the
+photograph's pixels back there.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import batch_size, classes_of                                   # noqa: E402
+from tokenizer import (UserError, crop, make_grid, open_image, save_image, to_tensor,   # noqa: E402
+                       to_uint8)
+from var import (Parser, cast_linear_weights, load, number, pick_device, precision,     # noqa: E402
+                 run)
+
+
+def parse_box(text):
+    """'y0,x0,y1,x1' in fractions of the image -> four floats. ValueError if it is no box."""
+    y0, x0, y1, x1 = (float(part) for part in text.split(','))
+    if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+        raise ValueError
+    return y0, x0, y1, x1
+
+
+def parse_box_option(text):
+    try:
+        return parse_box(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text}: expected are y0,x0,y1,x1, fractions with '
+                                         'y0 < y1 and x0 < x1') from None
+
+
+def new_positions(P, size, boxes=(), mask=None, outside=False):
+    """What is to be generated: latent positions (P, P) and pixels (size, size), both bool.
+
+    A box covers rows round(y0 P) to round(y1 P), columns likewise (as in the release). mask: uint8
+    (size, size), white where it is new. A position with one new pixel is new as a whole.
+    Raises UserError where nothing is left to keep or to generate.
+    """
+    patch = size // P
+    pixels = np.zeros((size, size), dtype=bool) if mask is None else mask > 127
+    for y0, x0, y1, x1 in boxes:
+        rows = slice(round(y0 * P) * patch, round(y1 * P) * patch)
+        columns = slice(round(x0 * P) * patch, round(x1 * P) * patch)
+        pixels[rows, columns] = True
+    if outside:
+        pixels = ~pixels
+    new = pixels.reshape(P, patch, P, patch).any((1, 3))                    # (P, P)
+    if new.all() or not new.any():
+        raise UserError(f'--box or --mask must leave 1 to {P * P - 1} of the {P} x {P} positions to '
+                        'generate')
+    return new, pixels
+
+
+def paste(photo, images, pixels):
+    """images uint8 (N, H, W, 3) with the photograph's own pixels where pixels (H, W) is False, and
+    an edge as soft as 1/64 of the image."""
+    edge = Image.fromarray(np.uint8(255 * pixels)).filter(ImageFilter.GaussianBlur(len(photo) / 64))
+    share = np.asarray(edge)[..., None] / 255                               # (H, W, 1)
+    return np.uint8(share * images + (1 - share) * photo + 0.5)
+
+
+@torch.no_grad()
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('photo', type=Path, help='the photograph')
+    add('--box', type=parse_box_option, action='append', default=[],
+        help='y0,x0,y1,x1 in fractions, to be generated; may be given several times')
+    add('--mask', type=Path, help='an image, white where the photograph is generated')
+    add('--outside', action='store_true', help='generate everything else instead')
+    add('--paste', action='store_true', help="put the photograph's pixels back where it is kept")
+    add('--cls', nargs='+', action='extend', help='class indices, names, or all; default: no class')
+    add('--n', type=number(int, 1), default=4, help='images per class')
+    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='of train.py, or a released transformer')
+    add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
+    add('--cfg', type=number(float, 0), help='guidance of the last scale; default: of the checkpoint')
+    add('--seed', type=number(int, 0), default=0, help='the same seed, the same images')
+    add('--out', type=Path, default=Path('edited.png'), help='the sheet, a row per class')
+    add('--device', help='cuda, mps or cpu; default: the best there is')
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    vae, var, ckpt = load(args.ckpt, args.tokenizer)
+    if var is None:
+        raise UserError(f'{args.ckpt} has a tokenizer only: continue with train.py --resume')
+    vae, var, size = vae.to(device), cast_linear_weights(var, device), vae.image_size
+    classes = [var.num_classes]                                 # "no class"
+    if args.cls:
+        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []), ckpt.get('words', []))
+    options = dict(ckpt['sampling'])
+    if args.cfg is not None:
+        options['cfg'] = args.cfg
+    photo = crop(open_image(args.photo, size), size)                        # (H, W, 3)
+    mask = crop(open_image(args.mask, size), size)[..., 0] if args.mask else None
+    new, pixels = new_positions(vae.patch_nums[-1], size, args.box, mask, args.outside)
+    given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
+    labels = torch.tensor(classes).repeat_interleave(args.n)                # (N,)
+    drawn = []
+    for number_, part in enumerate(labels.split(batch_size(size))):
+        with precision(device):
+            images = var.generate(vae, part, given=given, keep=torch.from_numpy(~new),
+                                  seed=args.seed + 1_000_003 * number_, **options)
+        drawn.append(to_uint8(images))
+    drawn = np.concatenate(drawn)                                           # (N, H, W, 3)
+    if args.paste:
+        drawn = paste(photo, drawn, pixels)
+    kept = np.where(pixels[..., None], np.uint8(128), photo)
+    rows = [np.stack([photo, kept, *row]) for row in drawn.reshape(len(classes), args.n, size, size, 3)]
+    save_image(args.out, [make_grid(rows)])
+    print(f'drew {len(drawn)} images; wrote {args.out}')
+
+
+if __name__ == '__main__':
+    run(main)

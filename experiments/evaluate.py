@@ -1,0 +1,122 @@
+"""Grades both models of a checkpoint on validation images.
+
+    python experiments/evaluate.py                              # ckpt.pt, on the data it was trained on
+    python experiments/evaluate.py --ckpt var_d16.pth --tokenizer vae_ch160v4096z32.pth --data ./imagenet
+
+Tokenizer: PSNR, SSIM, L1, codebook usage (of all scales and of each), entropy of the tokens. The
+reconstructions go into reconstructions.npz, for the evaluators of rFID.
+Transformer (Section 5.2): loss in nats per token and token error, over all scales, of the last one,
+and of each.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tokenizer import UserError, to_tensor, to_uint8, write_file            # noqa: E402
+from train import grade_transformer, make_config, read_data, show           # noqa: E402
+from var import Parser, load, number, pick_device, precision, run           # noqa: E402
+
+
+def ssim(a, b):
+    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) in [0, 1]: (B,).
+
+    Gaussian window of 11 pixels, sigma 1.5. On the CPU and in float64, because variances are small
+    differences of large numbers.
+    """
+    offsets = torch.arange(-5, 6, dtype=torch.float64)
+    g = (-offsets ** 2 / 4.5).exp()
+    g = g / g.sum()
+    window = torch.outer(g, g).expand(3, 1, 11, 11)
+
+    def blur(x):
+        return F.conv2d(x, window, groups=3)
+
+    a, b = a.cpu().double(), b.cpu().double()
+    mean_a, mean_b = blur(a), blur(b)
+    var_a = blur(a * a) - mean_a ** 2
+    var_b = blur(b * b) - mean_b ** 2
+    covariance = blur(a * b) - mean_a * mean_b
+    numerator = (2 * mean_a * mean_b + 0.01 ** 2) * (2 * covariance + 0.03 ** 2)
+    denominator = (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2) * (var_a + var_b + 0.03 ** 2)
+    return (numerator / denominator).mean((1, 2, 3))
+
+
+@torch.no_grad()
+def grade_tokenizer(vae, images, n, device, workers=0):
+    """Figures of the tokenizer on n images of an ImageSet, a dict; those images rebuilt, uint8
+    (n, H, W, 3); their tokens (n, L) int64 and labels (n,).
+
+    PSNR in dB, L1 on values in [0, 1], entropy in bits. 'usage k' is the share of the codes that
+    scale k could use at most: all V, or as many as it has tokens, if that is fewer.
+    """
+    scores, rebuilt, tokens, labels = [], [], [], []
+    for batch, indices in images.load(images.centres(n), workers):
+        a = to_tensor(batch.to(device))                                     # (B, 3, H, W)
+        maps = vae.encode(a)                                                # K of (B, l)
+        b = vae.decode(maps) / 2 + 0.5                                      # in [0, 1]
+        a = a / 2 + 0.5
+        psnr = -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+        l1 = (a - b).abs().mean((1, 2, 3))
+        scores.append(torch.stack([psnr.cpu(), ssim(a, b).float(), l1.cpu()]))      # (3, B)
+        rebuilt.append(to_uint8(b))
+        tokens.append(torch.cat(maps, dim=1).cpu())                         # (B, L)
+        labels.append(torch.from_numpy(images.labels)[indices])
+    psnr, similarity, l1 = torch.cat(scores, dim=1).mean(1).tolist()
+    tokens = torch.cat(tokens)
+
+    V = vae.quantize.V
+    hits = vae.quantize.count(tokens.to(device)).cpu()                      # (K, V)
+    usage = (hits > 0).sum(1) / hits.sum(1).clamp_max(V)                    # (K,)
+    p = hits / hits.sum(1, keepdim=True)
+    entropy = torch.special.entr(p).sum(1) / math.log(2)                    # (K,), bits per token
+    bits = sum(side * side * h for side, h in zip(vae.patch_nums, entropy.tolist()))
+    figures = {'PSNR': psnr, 'SSIM': similarity, 'L1': l1,
+               'codes used': (hits.sum(0) > 0).sum().item(), 'of': V,
+               'bits per token': bits / tokens.shape[1], 'bits per image': bits}
+    for k, value in enumerate(usage.tolist(), start=1):
+        figures[f'usage {k}'] = value
+    return figures, np.concatenate(rebuilt), tokens, torch.cat(labels)
+
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--ckpt', default='ckpt.pt', help='of train.py, or a released transformer')
+    add('--tokenizer', help='a released tokenizer, for a released transformer')
+    add('--data', help='as for train.py; default: what the checkpoint was trained on')
+    add('--n', type=number(int, 1), default=sys.maxsize, help='validation images; default: all')
+    add('--out', type=Path, default=Path('reconstructions.npz'), help='the images, rebuilt')
+    add('--workers', type=number(int, 0), default=0, help='processes that read images')
+    add('--device', help='cuda, mps or cpu; default: the best there is')
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    vae, var, ckpt = load(args.ckpt, args.tokenizer)
+    vae = vae.to(device)
+    config = ckpt.get('config', {})
+    if args.data:
+        config = {name: config[name] for name in ('preset', 'size') if name in config}
+        config['data'] = args.data
+    if 'data' not in config:
+        raise UserError(f'{args.ckpt} does not tell its data: add --data')
+    config = make_config({}, {'size': vae.image_size, **config})
+    _, val, classes, _ = read_data(config)
+    with precision(device):
+        figures, rebuilt, tokens, labels = grade_tokenizer(vae, val, args.n, device, args.workers)
+        show('tokenizer', figures)
+        write_file(args.out, lambda f: np.savez(f, arr_0=rebuilt, arr_1=labels.numpy()))
+        if var is None:
+            return
+        if ckpt.get('classes', classes) != classes or var.num_classes != len(classes):
+            raise UserError(f'{config.data} has other classes than {args.ckpt}: graded the tokenizer '
+                            'only')
+        show('transformer', grade_transformer(vae, var.to(device), tokens, labels, device))
+
+
+if __name__ == '__main__':
+    run(main)
