@@ -1,13 +1,13 @@
 """Samples images of chosen classes from a checkpoint.
 
-    python sample.py                                        # ./ckpt.pt, a row per class
+    python sample.py                                        # ./ckpt.pt, the first ten classes
     python sample.py --ckpt ckpt.pt --cls 284               # class index or name, several, or all
     python sample.py --ckpt var_d16.pth --tokenizer vae_ch160v4096z32.pth --cls 284 --cfg 4
     python sample.py --cls 3 --scales growing.gif           # the images growing scale by scale
     python sample.py --npz samples.npz --n 50 --cls all     # for the evaluators of FID
 
-Paper: Section 5.1, Table 3 (guidance, top-k), Fig. 7. Editing, rejection sampling and evaluation
-are in experiments/. Letters: B images per batch, N in all, H x W pixels, K scales.
+Paper: Section 5.1, Table 3 (guidance, top-k). Editing, rejection sampling and evaluation are in
+experiments/. Letters: B images per batch, N in all, H x W pixels, K scales.
 """
 import argparse
 import os
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tokenizer import UserError, make_grid, save_image, to_uint8, write_file
+from tokenizer import UserError, batch_size, make_grid, save_image, to_uint8, write_file
 from var import (PRECISIONS, Parser, cast_linear_weights, load, number, pick_device, precision,
                  rank_and_world, run)
 
@@ -31,14 +31,14 @@ def parse():
     add = parser.add_argument
     add('--ckpt', type=Path, default=Path('ckpt.pt'), help='of train.py, or a released transformer')
     add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
-    add('--cls', nargs='+', action='extend', help='class indices, names, or all')
+    add('--cls', nargs='+', action='extend', help='class indices, names, or all [the first ten]')
     add('--n', type=number(int, 1), default=8, help='images per class (default: 8)')
     add('--cfg', type=number(float, 0), help='guidance of the last scale')
     add('--top-k', type=number(int, 0), help='sample from the k likeliest codes; 0: from all')
     add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off')
     add('--seed', type=number(int, 0), default=0, help='the same seed, the same images')
     add('--smooth', action='store_true', help='nicer images, but not for FID')
-    add('--batch', type=number(int, 1), help='images per pass; default: 50 at 32 px, fewer above')
+    add('--batch', type=number(int, 1), help='images per pass [50; 16 at 256 px, 4 at 512 px]')
     add('--out', type=Path, default=Path('samples.png'), help='the sheet, a row per class')
     add('--png', type=Path, help='a folder, for one file per image instead of the sheet')
     add('--npz', type=Path, help='a file for the evaluators of FID, shuffled, instead of the sheet')
@@ -56,8 +56,8 @@ def classes_of(asked, n, names, words):
     """
     meaning = {str(i): [i] for i in range(n)}
     for i, text in enumerate(words):
-        for word in text.split(','):
-            meaning[word.strip().lower()] = [i]
+        for word in filter(None, text.lower().split(',')):
+            meaning[word.strip()] = [i]
     for i, name in enumerate(names):
         meaning[name] = [i]                                     # a folder may be called 7
     meaning['all'] = range(n)
@@ -71,18 +71,9 @@ def classes_of(asked, n, names, words):
     return found
 
 
-def batch_size(image_size):
-    """Images per pass that fit: 50 at 32 px and up to 128 px, 16 at 256 px, 4 at 512 px.
-
-    By calculation for d30 at 256 px and d36 at 512 px: keys and values of a guided image take 0.31
-    and 1.5 GB in 16 bits.
-    """
-    return {256: 16, 512: 4}.get(image_size, 50)
-
-
 @torch.no_grad()
 def draw_batches(vae, var, labels, args, options, folder):
-    """Draws labels (N,) in batches and stores each in a file of its own in folder.
+    """Draws an image for each label (N,), in batches, each stored in a file of its own in folder.
 
     Every batch has a seed of its own. Several processes therefore share the work, and the same
     command continues where it was interrupted.
@@ -108,8 +99,20 @@ def draw_batches(vae, var, labels, args, options, folder):
         dist.barrier()
 
 
+def read_batches(folder, count, name):
+    """One of the arrays of all stored batches, concatenated."""
+    parts = []
+    for i in range(count):
+        with np.load(folder / f'{i}.npz') as f:
+            parts.append(f[name])
+    return np.concatenate(parts)
+
+
 def main():
     args = parse()
+    if args.smooth and args.scales:
+        raise UserError('--scales decodes the drawn codes, which --smooth does not use: leave one '
+                        'out')
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer)
     if var is None:
@@ -131,11 +134,11 @@ def main():
     draw_batches(vae, var, labels, args, options, folder)
     if rank_and_world()[0] > 0:
         return
-    batches = [np.load(folder / f'{i}.npz') for i in range(len(labels.split(args.batch)))]
-    images = np.concatenate([batch['images'] for batch in batches])         # (N, H, W, 3)
+    count = len(labels.split(args.batch))
+    images = read_batches(folder, count, 'images')                          # (N, H, W, 3)
     written = []
     if args.scales:
-        growing = np.concatenate([batch['growing'] for batch in batches])   # (N, K, H, W, 3)
+        growing = read_batches(folder, count, 'growing')                    # (N, K, H, W, 3)
         frames = [make_grid(growing)]                           # a row per image
         if args.scales.suffix.lower() == '.gif':                # a frame per scale, images in a row
             frames = [make_grid([growing[:, k]]) for k in range(growing.shape[1])]

@@ -635,6 +635,7 @@ def test_layouts_of_folders(tmp_path, capsys):
         'classes': ([f'{c}/{i}.jpg' for c in ('b', 'a') for i in numbers], 'a b', 36, 4),
         'few': (['a/1.jpg', 'a/2.jpg', 'b/1.jpg'], 'a b', 2, 1),
         'one each': ([f'{i}/x.jpg' for i in numbers], ' '.join(numbers), 18, 2),
+        'two': (['a/x.jpg', 'b/x.jpg'], 'a b', 1, 1),
         'splits': (['train/a/1.jpg', 'train/b/1.jpg', 'val/b/2.jpg'], 'a b', 2, 1),
         'capitals': (['Train/a/1.jpg', 'Validation/a/2.jpg', 'Validation/a/3.JPEG'], 'a', 1, 2),
         'test split': (['train/a/1.jpg', 'test/a/2.jpg'], 'a', 1, 1),
@@ -660,7 +661,8 @@ def test_layouts_of_folders(tmp_path, capsys):
         assert all((folder / file).exists() for file in a + b), name
         said = capsys.readouterr().out
         assert ('no labels' in said) == (name == 'imagenet'), said
-        assert ('held out' in said) == (name in ('classes', 'few', 'one each', 'imagenet', 'flat', 'deep'))
+        assert ('held out' in said) == (
+            name in ('classes', 'few', 'one each', 'two', 'imagenet', 'flat', 'deep'))
         if name == 'tiny':
             assert val_labels == [0, 1] and b == ['val/images/val_1.JPEG', 'val/images/val_0.JPEG']
             assert words == ['goldfish, Carassius auratus', '']
@@ -888,6 +890,12 @@ def test_no_tensor_is_left_on_the_cpu(name, tmp_path, monkeypatch):
     stage = small_stage(name, tmp_path, adversarial=0.5, tokenizer_steps=4)
     stage.config.device = torch.device('meta')
     stage.to('meta')
+
+    def on_meta(module, inputs):                # nn.Embedding would take indices on the CPU
+        assert all(x.device.type == 'meta' for x in inputs if torch.is_tensor(x)), module
+
+    for module in stage.modules():
+        module.register_forward_pre_hook(on_meta)
     optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad])
     scaler = torch.amp.GradScaler('cpu', enabled=False)         # neither knows the meta device
     batch = [torch.zeros(16, 32, 32, 3, dtype=torch.uint8)]
@@ -944,7 +952,10 @@ def test_train_and_sample(trained, monkeypatch):
     assert Image.open(trained / 'a.png').size == (34 * 3 - 2, 34 * 2 - 2)
     assert Image.open(trained / 'grow.gif').n_frames == 6
     assert go('--cls', 'dog', '--n', 2, '--out', 'b.png', '--scales', 'grow.png', '--smooth',
-              '--top-k', 99999, '--ckpt', 'model.pt') == 0
+              '--top-k', 99999, '--ckpt', 'model.pt') == 2
+    assert go('--cls', 'dog', '--n', 2, '--out', 'b.png', '--scales', 'grow.png', '--top-k', 99999,
+              '--ckpt', 'model.pt') == 0
+    assert go('--cls', 'dog', '--n', 2, '--out', 'c.png', '--smooth') == 0
     assert Image.open(trained / 'grow.png').size == (34 * 6 - 2, 34 * 2 - 2)
     for name in ('d.png', 'e.png'):
         assert go('--cls', 1, '--n', 1, '--out', name) == 0
@@ -1058,7 +1069,9 @@ def test_two_processes_train_as_one_does(trained, tmp_path):
                 for n in '12')
     assert [row[:2] + row[3:4] for row in one] == [row[:2] + row[3:4] for row in two] and len(one) > 25
     for a, b in zip(one[1:], two[1:]):
-        if a[3] not in ('train images/s', 'train PSNR', 'train accuracy'):      # of one process's part
+        # Rates differ, and these figures are of one process's part of the batch.
+        own = ('train images/s', 'train PSNR', 'train quantizer', 'train accuracy')
+        if a[3] not in own:
             assert float(a[4]) == pytest.approx(float(b[4]), rel=1e-3, abs=1e-4), (a, b)
 
 
@@ -1084,20 +1097,20 @@ def test_a_killed_run_ends_with_the_same_bits(trained, tmp_path):
 
 @pytest.mark.parametrize('stop_at, times', [(2, 1), (5, 2)])
 def test_a_stopped_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch, stop_at, times):
-    """One signal ends the run after its step, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C ends the run after its step, with a checkpoint; a second one ends it at once."""
     calls, step = [], train.train_step
 
     def interrupted(*args):
         calls.append(args[0].step)
         if len(calls) == stop_at:
             for _ in range(times):
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
         return step(*args)
 
     monkeypatch.setattr(train, 'SAVE_EVERY', 0)
     monkeypatch.setattr(train, 'train_step', interrupted)
     go = partial(command, train, '--out', tmp_path, '--workers', 0, monkeypatch=monkeypatch, folder=trained)
-    assert go('--data', 'images', *TINY, '--flip') == (128 + signal.SIGTERM if times == 1 else 130)
+    assert go('--data', 'images', *TINY, '--flip') == 130
     assert go('--resume') == 0
     assert len(calls) == 6 + (times == 2)           # no step was made twice, but for the one cut off
     assert same_weights(trained / 'ckpt.pt', tmp_path / 'ckpt.pt')
@@ -1108,9 +1121,9 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch, s
     assert (tmp_path / 'log.previous.csv').read_text().splitlines() == rows
 
 
-@pytest.mark.parametrize('bad, status', [({1}, 0), ({*range(1, 40)}, 2)])
+@pytest.mark.parametrize('bad, status', [({1}, 0), ({*range(1, 50)}, 2)])
 def test_steps_that_are_not_finite(trained, tmp_path, monkeypatch, capsys, bad, status):
-    """One is left out, as if it had not been; ten in a row end the run with the last good weights."""
+    """One is left out, as if it had not been; 30 in a row end the run with the last good weights."""
     calls, forward = [], train.TokenizerStage.forward
 
     def poisoned(stage, images):
@@ -1120,7 +1133,7 @@ def test_steps_that_are_not_finite(trained, tmp_path, monkeypatch, capsys, bad, 
 
     monkeypatch.setattr(train.TokenizerStage, 'forward', poisoned)
     monkeypatch.setattr(train, 'SAVE_EVERY', 0)
-    words = ['--data', trained / 'images', *TINY, '--tokenizer-steps', 20, '--out', tmp_path]
+    words = ['--data', trained / 'images', *TINY, '--tokenizer-steps', 40, '--out', tmp_path]
     assert command(train, *words, monkeypatch=monkeypatch, folder=tmp_path) == status
     assert ('smaller --lr' in capsys.readouterr().err) == bool(status)
     ckpt = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
@@ -1152,7 +1165,7 @@ def test_the_plan_counts_epochs(trained, tmp_path, monkeypatch, capsys):
     stage = small_stage('transformer', tmp_path, batch=8, steps=9999, epochs=3.)
     assert stage.steps == 6                                     # of 16 images
     stage = small_stage('transformer', tmp_path, batch=8, steps=9999)
-    train.describe(stage, 'var')
+    train.describe(stage, stage.var)
     assert 'warning: every image is seen 5000 times' in capsys.readouterr().out
 
 
@@ -1189,7 +1202,7 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
         (sample, ['--ckpt', 'other.pt'], 'no tokenizer'), (sample, ['--ckpt', 'list.pt'], 'cannot read'),
         (sample, ['--ckpt', 'evil.pt'], 'evil.pt'), (sample, ['--ckpt', 'evil2.pt'], 'it could run code'),
         (sample, ['--ckpt', 'var.pth'], 'add --tokenizer'), (sample, ['--ckpt', 'vae.pth'], 'tokenizer only'),
-        (sample, ['--ckpt', 'var.pth', '--tokenizer', trained / 'ckpt.pt'], 'were not trained together'),
+        (sample, ['--ckpt', 'var.pth', '--tokenizer', trained / 'ckpt.pt'], 'was trained with another tokenizer'),
         (sample, [*ckpt, '--cls', 'cow'], 'no such class'), (sample, [*ckpt, '--cls', 2], 'no such class'),
         (sample, [*ckpt, '--top-p', 2], 'from 0 to 1'), (sample, [*ckpt, '--n', 0], 'at least 1'),
         (sample, [*ckpt, '--n', 1, '--out', 'a.xyz'], 'use .png'),
@@ -1213,7 +1226,7 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
     assert not (tmp_path / 'touched').exists() and (trained / 'ckpt.pt').read_bytes() == whole
     with pytest.raises(SystemExit):                             # what is no fault of the user's
         run(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory')))
-    assert 'try a smaller --' in capsys.readouterr().err
+    assert 'try a smaller --batch' in capsys.readouterr().err
 
 
 # ---- The README ----

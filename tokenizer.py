@@ -9,12 +9,13 @@ Paper (arXiv 2404.02905): Section 3.1, equations (2) to (5); Section 3.2, Algori
 Where the text and the released weights differ, this file follows the weights:
 - The text has one convolution phi_k per scale; in the weights, K scales share four of them.
 - phi is a residual map: half its input, half a convolution of it.
-How the released tokenizer was trained was never published. Here the codebook is an EMA of the
-vectors that are assigned to each code, and dead codes are restarted (Quantizer.update).
+The code that trained the released tokenizer was never published. Here the codebook is an EMA of
+the vectors that are assigned to each code, and dead codes are restarted (Quantizer.update).
 
-Letters: B batch, H W image size, C channels, z code dimension, V codes, K scales, k one of them
-(from 0), p side of the token map of one scale, P side of the last one and of the latent,
-l = p * p tokens of one scale, L tokens of all scales.
+Letters: B batch, H W image size, C channels, z code dimension, V codes, K scales, p side of the
+token map of one scale, P side of the last one and of the latent, l = p * p tokens of one scale,
+L tokens of all scales. k is one of the scales: from 0 in code, from 1 in the paper's formulas and
+where a text speaks of scale 1.
 Parameters have the names of the released files, so that weights load in both directions.
 
 The end of the file converts between image files and tensors: images are uint8 (H, W, 3) in files
@@ -47,7 +48,7 @@ def sequence(**modules):
     return nn.Sequential(OrderedDict(modules))
 
 
-def norm(channels):
+def group_norm(channels):
     """Group normalisation with 32 groups, or with fewer where 32 does not divide the channels."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
@@ -57,9 +58,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = norm(c_in)
+        self.norm1 = group_norm(c_in)
         self.conv1 = conv3x3(c_in, c_out)
-        self.norm2 = norm(c_out)
+        self.norm2 = group_norm(c_out)
         self.conv2 = conv3x3(c_out, c_out)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -78,7 +79,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.norm = norm(c)
+        self.norm = group_norm(c)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
@@ -125,7 +126,8 @@ def make_encoder(ch, ch_mult, z, blocks):
     levels = [Level(widths[i], widths[i + 1], blocks, attend=i == last, down=i < last)
               for i in range(last + 1)]
     return sequence(conv_in=conv3x3(3, ch), down=nn.Sequential(*levels), mid=middle(widths[-1]),
-                    norm_out=norm(widths[-1]), silu=nn.SiLU(), conv_out=conv3x3(widths[-1], z))
+                    norm_out=group_norm(widths[-1]), silu=nn.SiLU(),
+                    conv_out=conv3x3(widths[-1], z))
 
 
 def make_decoder(ch, ch_mult, z, blocks):
@@ -136,7 +138,8 @@ def make_decoder(ch, ch_mult, z, blocks):
     levels = {str(i): Level(widths[min(i + 1, last)], widths[i], blocks + 1, attend=i == last,
                             up=i > 0) for i in range(last, -1, -1)}
     return sequence(conv_in=conv3x3(z, widths[-1]), mid=middle(widths[-1]), up=sequence(**levels),
-                    norm_out=norm(widths[0]), silu=nn.SiLU(), conv_out=conv3x3(widths[0], 3))
+                    norm_out=group_norm(widths[0]), silu=nn.SiLU(),
+                    conv_out=conv3x3(widths[0], 3))
 
 
 # ---- The multi-scale quantizer: equation (3), Algorithms 1 and 2 ----
@@ -173,12 +176,18 @@ def choose_phi(K, count):
     return [int(np.argmin(np.abs(ticks - k / max(K - 1, 1)))) for k in range(K)]
 
 
+def scale_of_token(patch_nums):
+    """The scale that each of the L tokens belongs to, from 0: (L,) int64, rising."""
+    return torch.arange(len(patch_nums)).repeat_interleave(torch.tensor(patch_nums) ** 2)
+
+
 def all_processes(x):
     """x (B, ...) of every process, concatenated: the whole batch, in the order of the ranks."""
     if not dist.is_initialized():
         return x
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
@@ -200,14 +209,11 @@ class Quantizer(nn.Module):
         phis = nn.ModuleList(Phi(z) for _ in range(phi_count))
         self.quant_resi = nn.ModuleDict({'qresi_ls': phis})
         self.phi_index = choose_phi(len(patch_nums), phi_count)
-        # EMA of how often each scale uses each code. The released file has this buffer too. All
-        # zeros mean that no code was ever used: the first update restarts every code.
+        # EMA of how often each scale uses each code; the released file has this buffer too.
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(patch_nums), V))
-        # On the device from the start, because a copy in the training loop would wait for the GPU.
-        sizes = torch.tensor(patch_nums) ** 2
-        scale_of_token = torch.arange(len(sizes)).repeat_interleave(sizes)
-        self.register_buffer('sizes', sizes, persistent=False)              # (K,)
-        self.register_buffer('scale_of_token', scale_of_token, persistent=False)        # (L,)
+        # These are buffers so that no training step copies them to the GPU, and waits for it.
+        self.register_buffer('sizes', torch.tensor(patch_nums) ** 2, persistent=False)      # (K,)
+        self.register_buffer('scale_of_token', scale_of_token(patch_nums), persistent=False)
 
     def phi(self, k):
         """phi_k: the Phi that serves scale k."""
@@ -238,7 +244,7 @@ class Quantizer(nn.Module):
         codes = self.embedding.weight                                       # (V, z)
         # ||e - x||^2 = ||x||^2 - 2 (x.e - ||e||^2 / 2), and ||x||^2 is the same for all codes.
         with torch.autocast(x.device.type, enabled=False):
-            score = torch.addmm(codes.square().sum(1) / -2, x.flatten(0, 1), codes.T)
+            score = torch.addmm(-0.5 * codes.square().sum(1), x.flatten(0, 1), codes.T)
         return score.argmax(1).view(x.shape[:2])
 
     def algorithm1(self, f):
@@ -306,11 +312,16 @@ class Quantizer(nn.Module):
         average = tokens.numel() / V
         dead = N < self.dead_below * average                                # (V,)
         new_codes = torch.where(dead[:, None], fresh, new_codes)
+        # It starts with a tenth of the average usage, and is dead again after about 80 steps
+        # without a hit (decay 0.98).
         new_hits = torch.where(dead, 0.1 * average / K, new_hits)
 
         finite = vectors.isfinite().all()
         codes.copy_(torch.where(finite, new_codes, codes))
         hits.copy_(torch.where(finite, new_hits, hits))
+        if dist.is_initialized():
+            # On a GPU index_add_ adds in any order, and the last bits would differ among processes.
+            dist.broadcast(codes, 0)
 
 
 class VQVAE(nn.Module):
@@ -320,7 +331,7 @@ class VQVAE(nn.Module):
     Images are (B, 3, H, W) in [-1, 1] with H = W = image_size; tokens are a list of K int64
     tensors (B, l).
     normalise=False leaves out group normalisation. Small networks then train far better: 60 s of
-    autoencoding CIFAR-10 on two cores end at 25 dB, and at 20 dB with it.
+    autoencoding CIFAR-10 on two cores (batch 32) end at 25 dB, and at 20 dB with it.
     """
     scale_dropout = 0.1     # share of the training images that are rebuilt from fewer scales
 
@@ -333,7 +344,7 @@ class VQVAE(nn.Module):
         self.decoder = make_decoder(ch, ch_mult, z_channels, res_blocks)
         self.quant_conv = conv3x3(z_channels, z_channels)
         self.post_quant_conv = conv3x3(z_channels, z_channels)
-        self.init_weights(normalise)
+        self.init_weights(normalise)            # of all but phi, which starts as the identity
         self.quantize = Quantizer(patch_nums, vocab_size, z_channels, share_quant_resi)
         self.to(memory_format=torch.channels_last)
 
@@ -364,8 +375,8 @@ class VQVAE(nn.Module):
     def encode(self, images):
         """Algorithm 1: images (B, 3, H, W) in [-1, 1] -> K token maps (B, l).
 
-        In float32 even inside autocast, as in the release: with bfloat16 in the encoder, up to 5 %
-        of the tokens of the fine scales would be others.
+        In float32 even inside autocast: with bfloat16 in the encoder, up to 5 % of the tokens of
+        the fine scales would be others.
         """
         with torch.autocast(images.device.type, enabled=False):
             return [r_k for r_k, _, _ in self.quantize.algorithm1(self.to_latent(images))]
@@ -395,9 +406,9 @@ class VQVAE(nn.Module):
         """One training pass: images (B, 3, H, W) -> rebuilt, quantizer loss, tokens, vectors.
 
         rebuilt: (B, 3, H, W). The loss, a scalar, is || f - f_hat || of (5), averaged over the
-        partial sums f_hat_k: one half teaches phi, the other one (the commitment loss, weight
-        0.25) pulls f towards the codes. tokens (B, L) and vectors (B, L, z) are for
-        Quantizer.update. Source of loss and weight: the release.
+        partial sums f_hat_k: one half trains phi (in the release also the codebook), the other one
+        (the commitment loss, weight 0.25) pulls f towards the codes. tokens (B, L) and vectors
+        (B, L, z) are for Quantizer.update. Source of loss and weight: the release.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         K, tokens, vectors = len(self.patch_nums), [], []
@@ -431,8 +442,9 @@ class VQVAE(nn.Module):
                  if name.startswith('encoder.down.') and name.endswith('.conv1.weight')]
         ch_mult = {name.split('.')[2]: len(weights[name]) // ch for name in convs}  # of each level
         vae = cls(patch_nums, V, z, ch, tuple(ch_mult.values()), phi_count,
-                  len(convs) // len(ch_mult), 'encoder.norm_out.weight' in weights)
-        # Counts that were made at other scales are of no use at these.
+                  res_blocks=len(convs) // len(ch_mult),
+                  normalise='encoder.norm_out.weight' in weights)
+        # Usage that was counted at other scales does not apply to these.
         if len(weights['quantize.ema_vocab_hit_SV']) != len(patch_nums):
             weights = {**weights, 'quantize.ema_vocab_hit_SV': vae.quantize.ema_vocab_hit_SV}
         vae.load_state_dict(weights)
@@ -453,25 +465,24 @@ def explain(what, exceptions, hint=''):
     try:
         yield
     except exceptions as e:
-        lines = str(getattr(e, 'strerror', None) or e).strip().splitlines()
-        reason = lines[0].rstrip('.') if lines else type(e).__name__
-        raise UserError(f'{what}: {reason}' + (f'; {hint}' if hint else '')) from e
+        lines = str(getattr(e, 'strerror', None) or e).split('\n')
+        reason = ' '.join(line.strip() for line in lines[:2]).strip().rstrip('.:')
+        message = f'{what}: {reason or type(e).__name__}'
+        raise UserError(f'{message}; {hint}' if hint else message) from e
 
 
 def write_file(path, write):
-    """Calls write(file) on a temporary file and renames it to path: path is old or new, never half.
-
-    Raises UserError where the disk refuses, and leaves nothing else behind.
-    """
+    """Calls write(file) on a temporary file and renames it to path, which therefore holds either
+    its old or its new content, never a part. UserError where the disk refuses."""
     path = Path(path)
     part = path.with_name(f'.{path.name}.part')             # in the same folder, or no rename works
-    with explain(f'cannot write {path}', (OSError, RuntimeError, ValueError), 'is the disk full?'):
+    with explain(f'cannot write {path}', (OSError, RuntimeError, ValueError)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, 'wb') as f:
                 write(f)
                 f.flush()
-                os.fsync(f.fileno())                        # a crash must not rename an empty file
+                os.fsync(f.fileno())                        # or a crash could leave an empty file
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -539,6 +550,15 @@ def to_tensor(arrays):
 def to_uint8(images):
     """(B, 3, H, W) in [0, 1] -> uint8 (B, H, W, 3), floor(255 x + 0.5) as evaluators expect."""
     return (images.float() * 255 + 0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def batch_size(image_size):
+    """Images per pass where no gradients are needed: 50 up to 128 px, 16 at 256 px, 4 at 512 px.
+
+    By calculation: keys and values of a guided image take 0.31 GB for d30 at 256 px, and 1.5 GB for
+    d36 at 512 px, in 16 bits; an activation of the encoder 42 MB and 168 MB in float32.
+    """
+    return {256: 16, 512: 4}.get(image_size, 50)
 
 
 def make_grid(rows):

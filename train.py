@@ -7,19 +7,20 @@
     torchrun --nproc_per_node 8 train.py ...        # shares each batch among 8 processes
 
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
-Departures from the released recipe:
-- Stage 2 trains on tokens that are stored once: of the centre crop, and of --views random crops.
-- At every depth the learning rate decays to 0.01 of its peak, and the weight decay is 0.05.
+Departures from the paper and the released recipe:
+- Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops.
+- At every depth the peak learning rate is 1e-4 per 256 images (at least 1e-4), it decays to 0.01 of
+  its peak, and the weight decay is 0.05. Batch and number of steps are smaller.
+- L_P is LPIPS without its learned weights. L_G has a patch discriminator, not one like StyleGAN's.
 What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
-killed and resumed therefore ends with the same bits as one that was not. N processes train as one
-does, but for the dropout that each of them draws.
+killed and resumed therefore ends with the same bits as one that was not. Several processes train as
+one does, but for the dropout that each of them draws.
 
 Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales, V codes,
 z code dimension.
 """
 import argparse
 import csv
-import json
 import math
 import os
 import signal
@@ -39,20 +40,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (VQVAE, UserError, all_processes, conv3x3, crop, explain, make_grid, norm,
-                       open_image, save_image, to_tensor, to_uint8, write_file)
+from tokenizer import (VQVAE, UserError, all_processes, batch_size, conv3x3, crop, explain,
+                       group_norm, make_grid, open_image, save_image, to_tensor, to_uint8,
+                       write_file)
 from var import (PRECISIONS, RELEASED, UNLOADABLE, VAR, VERSION, Parser, best_precision, number,
                  pick_device, precision, rank_and_world, read_checkpoint, run)
 
-# Addresses of what users fetch, and their sha256 or its beginning (torch.hub checks either).
+# Addresses of what users fetch, and their sha256 or its first digits (torch.hub checks either).
 VAE = ('https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth',
        '7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c')
 VGG = ('https://download.pytorch.org/models/vgg16-397923af.pth', '397923af')
 CIFAR10 = ('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
            'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
 
-SAVE_EVERY = 60         # seconds from one checkpoint to the next, at least,
-SAVE_SHARE = 0.05       # and so many that saving takes at most this share of the time
+SAVE_EVERY = 60         # at least so many seconds from one checkpoint to the next (0: every step)
+SAVE_SHARE = 0.05       # at most this share of the time is spent on saving
+MOST_SKIPPED = 30       # a run ends when so many steps in a row are not finite
 
 # ---- Configuration ----
 
@@ -71,7 +74,7 @@ def parse_sides(text):
     return sides
 
 
-count, at_least_1, positive = number(int, 0), number(int, 1), number(float, 0, 1e6)
+count, at_least_1, nonnegative = number(int, 0), number(int, 1), number(float, 0, 1e6)
 
 
 @dataclass
@@ -91,17 +94,18 @@ class Config:
     tokenizer_steps: int = option(20000, 'steps of stage 1', count)
     tokenizer_batch: int = option(32, 'images per step of stage 1, of all processes', at_least_1)
     tokenizer_micro_batch: int = option(8, 'images per forward pass of stage 1', at_least_1)
-    tokenizer_lr: float = option(1e-4, 'peak learning rate of stage 1', positive)
+    tokenizer_lr: float = option(1e-4, 'peak learning rate of stage 1', nonnegative)
     steps: int = option(50000, 'steps of stage 2, at most', count)
-    epochs: float = option(300., 'epochs of stage 2, at most; 0: no limit', positive)
+    epochs: float = option(300., 'passes of stage 2 over all stored views, at most; 0: no limit',
+                           nonnegative)
     batch: int = option(256, 'images per step of stage 2, of all processes', at_least_1)
     micro_batch: int = option(8, 'images per forward pass of stage 2', at_least_1)
     lr: float = option(0., 'peak learning rate of stage 2; 0: 1e-4 per 256 images, at least 1e-4',
-                       positive)
+                       nonnegative)
     views: int = option(1, 'stored crops per image: the centre, then random ones', at_least_1)
     flip: bool = option(False, 'mirror at random in stage 1, and every second view in stage 2')
-    perceptual: float = option(1., 'weight of L_P in equation (5)', positive)
-    adversarial: float = option(0.5, 'weight of L_G in equation (5), relative', positive)
+    perceptual: float = option(1., 'weight of L_P in equation (5)', nonnegative)
+    adversarial: float = option(0.5, 'weight of L_G in equation (5), relative', nonnegative)
     seed: int = option(0, 'seed of everything random', count)
     # Set by the presets alone: the sizes of the VQVAE, and the sampling that suits the model.
     network: dict = field(default_factory=dict)
@@ -152,12 +156,15 @@ PRESETS = {
 
 def parse():
     """What the command line gives, as a dict; an option that is not given is not in it."""
-    parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    parser = Parser(description=__doc__, epilog='[In brackets]: the defaults of 256 px.',
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         if 'help' not in f.metadata:
             continue
         name, text = '--' + f.name.replace('_', '-'), f.metadata['help']
+        if f.default not in (None, ''):
+            text += f' [{f.default}]'                           # that of 256 px, or of every preset
         if f.type is bool:
             parser.add_argument(name, action='store_true', help=text)
         else:
@@ -171,7 +178,7 @@ def default_preset(data, size):
         return 'shapes'
     if size is not None:
         return str(size)
-    is_folder = Path(data).is_dir() and cifar10_path(data) is None
+    is_folder = data != 'cifar10' and Path(data).is_dir() and cifar10_path(data) is None
     return '256' if is_folder else '32'
 
 
@@ -200,7 +207,10 @@ def make_config(given, saved):
         raise UserError(f'--batch {config.batch} and --tokenizer-batch {config.tokenizer_batch} '
                         f'must be multiples of the {world} processes')
     if not config.lr:
-        config.lr = 1e-4 * max(1, config.batch / 256)                       # Section 4
+        # Section 4; the lower limit is not the paper's.
+        config.lr = 1e-4 * max(1, config.batch / 256)
+    if config.flip:
+        config.views = max(config.views, 2)     # the second view is the first that is mirrored
     return config
 
 
@@ -301,6 +311,12 @@ TRAIN_NAMES = ('train', 'training')
 VAL_NAMES = ('val', 'valid', 'validation', 'test')              # the first one that is there
 
 
+def tell(text):
+    """Prints a line, in the first process alone."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)
+
+
 def subfolders(folder):
     """Names of the subfolders that are not hidden, sorted."""
     with os.scandir(folder) as entries:
@@ -339,7 +355,7 @@ def by_class(root, folder):
     if not found:
         return {'': images_below(root, folder)}
     if empty:
-        print(f'no images in these class folders, left out: {", ".join(empty)}')
+        tell(f'no images in these class folders, left out: {", ".join(empty)}')
     return found
 
 
@@ -361,9 +377,9 @@ def validation_images(root, folder, train):
 
 def hold_out(groups):
     """Splits {class: names} for validation: every tenth image of a class, or the second one of a
-    small class; where every class has a single image, every tenth class."""
+    class with fewer than ten. Where every class has a single image, the same of the classes."""
     if all(len(names) == 1 for names in groups.values()):
-        held = list(groups)[9::10]
+        held = list(groups)[9::10] if len(groups) >= 10 else list(groups)[1:2]
         return ({name: groups[name] for name in groups if name not in held},
                 {name: groups[name] for name in held})
     train, val = {}, {}
@@ -428,7 +444,7 @@ def read_folder(root, classes='', limit=0):
         val = {name: files[:limit] for name, files in val.items()}
     if not any(map(len, train.values())) or not any(map(len, val.values())):
         raise UserError(f'--data {asked}: fewer than two images; {LAYOUTS}')
-    print(used, flush=True)
+    tell(used)
     sets = labelled(train, names), labelled(val, names)
     if names == ['']:
         names = [root.resolve().name]
@@ -446,8 +462,8 @@ def class_words(root, names):
     return [words.get(name, '') for name in names]
 
 
-def ignore_signals(worker):
-    """Keeps Ctrl-C, and torchrun's signal to the process group, from the processes that read."""
+def own_process_group(worker):
+    """Keeps Ctrl-C and torchrun's signals, which go to a process group, from a reading process."""
     if hasattr(os, 'setpgrp'):
         os.setpgrp()
 
@@ -495,7 +511,7 @@ class ImageSet(torch.utils.data.Dataset):
                 if len(bad) == len(self):
                     image = Image.new('RGB', (self.size, self.size))
         # The release makes the shorter side 1.125 x size. Here a small image is not enlarged to it.
-        short = min(max(min(image.size), self.size), round(1.125 * self.size))
+        short = int(np.clip(min(image.size), self.size, round(1.125 * self.size)))
         rng = np.random.default_rng(draw) if draw is not None else None
         pixels = crop(image, self.size, short, rng)                         # (size, size, 3)
         return pixels[:, ::-1] if mirror else pixels, index, bad
@@ -511,7 +527,8 @@ class ImageSet(torch.utils.data.Dataset):
         Names each file that cannot be read once, on stderr. UserError if there is no other.
         """
         loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=workers,
-                                             collate_fn=self.collate, worker_init_fn=ignore_signals)
+                                             collate_fn=self.collate,
+                                             worker_init_fn=own_process_group)
         for images, indices, bad in loader:
             for message in sorted({*bad} - self.reported):
                 self.reported.add(message)
@@ -522,9 +539,9 @@ class ImageSet(torch.utils.data.Dataset):
             yield images, indices
 
     def centres(self, n=sys.maxsize):
-        """Requests for the centre crops of n images, evenly spread, in batches of 50."""
-        requests = [(i, None, False) for i in spread(len(self), n)]
-        return [requests[a:a + 50] for a in range(0, len(requests), 50)]
+        """Requests for the centre crops of n images, evenly spread, in batches that fit."""
+        requests, B = [(i, None, False) for i in spread(len(self), n)], batch_size(self.size)
+        return [requests[start:start + B] for start in range(0, len(requests), B)]
 
     def some(self, n, workers=0):
         """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,)."""
@@ -537,7 +554,8 @@ def read_data(config):
     path = fetch(*CIFAR10) if config.data == 'cifar10' else cifar10_path(config.data)
     folder, words = '', None
     if config.data == 'shapes':
-        train, val, classes = shapes(8000, seed=1), shapes(1000, seed=2), list(SHAPES)
+        train, val = shapes(8000, config.size, seed=1), shapes(1000, config.size, seed=2)
+        classes = list(SHAPES)
     elif path:
         train, val, classes = cifar10(path)
     else:
@@ -550,23 +568,28 @@ def read_data(config):
 def step_rows(n, batch, seed, start, stop):
     """For each step from start: the rows of this process's part of the batch, [(row, place)].
 
-    Every epoch is one permutation of the n rows. A place in the run decides on its row, so that a
-    resumed run sees the same rows.
+    Every epoch is one permutation of the n rows. A row depends only on its place in the run, so
+    that a resumed run sees the same rows.
     """
     rank, world = rank_and_world()
-    epoch = lru_cache(2)(lambda e: np.random.default_rng((seed, e)).permutation(n))
+
+    @lru_cache(2)                               # a batch can reach into the next epoch
+    def permutation(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(n)
+
     for step in range(start, stop):
         first = step * batch + rank * batch // world
         places = range(first, first + batch // world)
-        yield [(int(epoch(place // n)[place % n]), place) for place in places]
+        yield [(int(permutation(place // n)[place % n]), place) for place in places]
 
 
 # ---- Stored tokens: stage 2 never runs the encoder ----
 
 
-def tokens_key(vae, images, views, flip):
+def tokens_key(vae, images, views, config):
     """A number that changes with the tokenizer, the images, or how they are cropped."""
-    key = zlib.crc32(repr((vae.patch_nums, images.size, views, flip)).encode())
+    crops = (views, config.flip, config.seed) if views > 1 else views
+    key = zlib.crc32(repr((vae.patch_nums, images.size, crops)).encode())
     for weights in vae.state_dict().values():
         key = zlib.crc32(weights.cpu().numpy().tobytes(), key)
     if images.items.ndim > 1:
@@ -605,35 +628,40 @@ def tokenize(vae, images, config, name, views=1):
     killed continues where it was.
     """
     (rank, world), L = rank_and_world(), sum(p * p for p in vae.patch_nums)
-    key = tokens_key(vae, images, views, config.flip)
+    if vae.quantize.V > np.iinfo(np.int16).max - 1:
+        raise UserError(f'tokens are stored in 16 bits: {vae.quantize.V} codes are too many')
+    # All processes have to agree on it, also where two machines have other times of files.
+    key = tokens_key(vae, images, views, config) if rank == 0 else 0
+    key = int(all_processes(torch.tensor([key], device=config.device))[0])
     config.out.mkdir(parents=True, exist_ok=True)
     stored = open_tokens(config.out / f'tokens-{name}-{key:08x}.npy', (len(images), views, L))
-    missing = np.flatnonzero(stored[:, 0, 0] == 0)[rank::world]
-    batches = [missing[start:start + 50] for start in range(0, len(missing), 50)]
+    missing = np.flatnonzero(stored[:, 0, 0] == 0)
+    missing = missing[missing % world == rank]                  # this process's part of the images
+    B = batch_size(images.size)
+    batches = [missing[start:start + B] for start in range(0, len(missing), B)]
 
     def requests():
         for batch in batches:
-            centres = [(int(i), None, False) for i in batch]
+            crops = [(int(i), None, False) for i in batch]
             for view in range(1, views):
                 mirror = config.flip and view % 2 == 1
-                centres += [(int(i), (config.seed, view, int(i)), mirror) for i in batch]
-            yield centres
+                crops += [(int(i), (config.seed, view, int(i)), mirror) for i in batch]
+            yield crops
 
     began = time.time()
     for done, (wanted, (pixels, indices)) in enumerate(
             zip(batches, images.load(requests(), config.workers)), start=1):
         parts = [to_tensor(part.to(config.device)) for part in pixels.split(len(wanted))]
         rows = torch.stack([torch.cat(vae.encode(part), dim=1) for part in parts], dim=1)
-        rows = rows.cpu().numpy().astype(np.int16) + 1                      # (50, views, L)
+        rows = rows.cpu().numpy().astype(np.int16) + 1                      # (B, views, L)
         rows[indices[:len(wanted)].numpy() != wanted] = -1      # another image took the place
         # The element that tells whether an image is done is written last.
         stored[wanted, :, 1:] = rows[:, :, 1:]
         stored[wanted, 1:, 0] = rows[:, 1:, 0]
         stored[wanted, 0, 0] = rows[:, 0, 0]
-        if rank == 0 and done % 40 == 0:
+        if done % 40 == 0:
             left = (time.time() - began) / done * (len(batches) - done)
-            print(f'tokens of {name}: {50 * done} of {len(missing)} images, {left:.0f} s left',
-                  flush=True)
+            tell(f'tokens of {name}: {B * done} of {len(missing)} images, {left:.0f} s left')
     stored.flush()
     if world > 1:
         dist.barrier()
@@ -691,21 +719,23 @@ class VGG16(nn.Module):
 
 
 class PatchDiscriminator(nn.Sequential):
-    """(B, 3, H, W) -> (B, 1, H/8, W/8): a score per patch, above 0 for real, below for rebuilt."""
+    """(B, 3, H, W) -> (B, 1, H/8, W/8): a score per patch, above 0 for real, below for rebuilt.
+    VQGAN's, where (5) has one like StyleGAN's."""
 
     def __init__(self, ch=64):
         layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
         for c in (ch, 2 * ch):
-            layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), norm(2 * c), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), group_norm(2 * c), nn.LeakyReLU(0.2)]
         super().__init__(*layers, conv3x3(4 * ch, 1))
 
 
 class AdversarialLoss(nn.Module):
     """lambda_G L_G of (5): the hinge loss of a patch discriminator, with the weight of VQGAN.
 
-    lambda_G makes the adversarial gradient at the decoder's last layer `share` times as long as
-    that of the other losses. It is that of the whole batch before, of all micro-batches and
-    processes, because this batch's is known only after its last micro-batch.
+    lambda_G is `share` times the ratio of two gradient norms at the decoder's last layer: of the
+    other losses, and of the adversarial loss. The gradients are those of the whole batch (all
+    micro-batches and processes) of the step before, because a step's own are complete only after
+    its last micro-batch.
     """
 
     def __init__(self, share, last_layer):
@@ -726,8 +756,9 @@ class AdversarialLoss(nn.Module):
         # For the decoder the discriminator's weights are constants, and the other way round, so
         # that one optimizer and one backward pass serve both.
         constants = {name: p.detach() for name, p in self.disc.named_parameters()}
-        fool = -torch.func.functional_call(self.disc, constants, rebuilt).mean()
-        real, fake = self.disc(images), self.disc(rebuilt.detach())
+        # In float32, because the gradient of a mean, times lambda_G and a scaler, exceeds float16.
+        fool = -torch.func.functional_call(self.disc, constants, rebuilt).float().mean()
+        real, fake = self.disc(images).float(), self.disc(rebuilt.detach()).float()
         judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         # The factor keeps small gradients from vanishing in float16; their ratio is the same.
         for loss, total in ((others, self.pull), (fool, self.push)):
@@ -752,7 +783,7 @@ class AdversarialLoss(nn.Module):
 
 class TokenizerStage(nn.Module):
     """Stage 1 of Fig. 4: the VQVAE, by equation (5)."""
-    name = 'tokenizer'
+    name, number = 'tokenizer', 1
     # The first quarter of the steps trains an autoencoder without quantization; the last quarter
     # has the adversarial loss, when the other losses have levelled off.
     quantize_from, adversarial_from = 0.25, 0.75
@@ -766,6 +797,8 @@ class TokenizerStage(nn.Module):
         self.step = 0                   # set by the loop
         self.usage = []                 # tokens and vectors of the micro-batches of a step
         self.val_images = None
+        if config.init:                 # a tokenizer that is trained already
+            self.quantize_from = 0.
         self.vgg = self.adversarial = None
         if config.perceptual:
             path = config.vgg or fetch(*VGG)
@@ -778,6 +811,11 @@ class TokenizerStage(nn.Module):
     def last_layer(self):
         return self.vae.decoder.conv_out.weight
 
+    @property
+    def has_adversarial_loss(self):
+        late = self.step >= self.adversarial_from * self.steps
+        return self.adversarial is not None and late
+
     def learned(self):
         """What a checkpoint of this stage holds."""
         modules = {'vae': self.vae, 'adversarial': self.adversarial}
@@ -789,7 +827,7 @@ class TokenizerStage(nn.Module):
         def requests():
             for rows in step_rows(self.rows, self.batch, config.seed, start, self.steps):
                 draws = [(row, (config.seed, place)) for row, place in rows]
-                yield [(row, draw, config.flip and np.random.default_rng(draw).random() < 0.5)
+                yield [(row, draw, config.flip and np.random.default_rng((*draw, 1)).random() < 0.5)
                        for row, draw in draws]
 
         for images, _ in self.train_set.load(requests(), config.workers):
@@ -804,42 +842,49 @@ class TokenizerStage(nn.Module):
             rebuilt, quantizer, *usage = self.vae(images)
             self.usage.append(usage)
         mse = F.mse_loss(rebuilt, images)                                   # || im - im_hat ||
+        # L1 is not in (5): it keeps edges sharper.
         loss = mse + 0.2 * F.l1_loss(rebuilt, images) + quantizer           # + || f - f_hat ||
-        figures = {'PSNR': -10 * torch.log10(mse.detach() / 4)}             # of values in [-1, 1]
+        figures = {'PSNR': -10 * torch.log10(mse.detach() / 4),             # peak to peak is 2
+                   'quantizer': torch.as_tensor(quantizer).detach()}
         if self.vgg is not None:
             loss = loss + self.config.perceptual * self.vgg(rebuilt, images)    # lambda_P L_P
-        if self.adversarial is not None and self.step >= self.adversarial_from * self.steps:
+        if self.has_adversarial_loss:
             part = len(images) / self.batch
             loss = loss + self.adversarial(images, rebuilt, loss, self.last_layer, part)
+            figures['lambda_G'] = self.adversarial.weight.clone()
         return loss, figures
 
     def after_step(self):
-        """Moves the codebook, with the vectors of all micro-batches. In the first quantized steps
-        the average is over all of them, as in k-means; later it is an EMA with decay 0.98."""
+        """Moves the codebook, with the vectors of all micro-batches. In quantized step t it becomes
+        the mean over the t + 1 batches so far, as in k-means; from t = 49 on it is an EMA with
+        decay 0.98. For a tokenizer that was trained before it is one from the start."""
         if self.usage:
             t = self.step - self.quantize_from * self.steps
             tokens = torch.cat([tokens for tokens, _ in self.usage])        # (B, L)
             vectors = torch.cat([vectors for _, vectors in self.usage])     # (B, L, z)
-            self.vae.quantize.update(tokens, vectors, decay=min(0.98, t / (t + 1)))
+            decay = 0.98 if self.config.init else min(0.98, t / (t + 1))
+            self.vae.quantize.update(tokens, vectors, decay)
             self.usage.clear()
-        if self.adversarial is not None and self.step >= self.adversarial_from * self.steps:
+        if self.has_adversarial_loss:
             self.adversarial.after_step()
 
     @torch.no_grad()
     def evaluate(self):
         """PSNR and codebook usage on validation images. Writes reconstructions.png: eight images,
-        and below each its reconstructions from 1, 2, ... K scales."""
+        and below each its reconstructions from 1, 2, ... K scales. {} before quantization."""
+        if self.step <= self.quantize_from * self.steps:
+            return {}
         vae, device = self.vae, self.config.device
         if self.val_images is None:             # read once, in the first evaluation
             n = 1000 if self.config.size <= 64 else 200
             self.val_images, _ = self.val_set.some(n, self.config.workers)      # (n, H, W, 3)
         images = self.val_images
-        few = images[spread(len(images), 8)]
+        few = images[spread(len(images), min(8, batch_size(self.config.size)))]
         scales = vae.decode_scales(vae.encode(to_tensor(few.to(device))))   # K of (8, 3, H, W)
         rows = [few.numpy(), *(to_uint8(x / 2 + 0.5) for x in scales)]
         save_image(self.config.out / 'reconstructions.png', [make_grid(rows)])
         psnr, hits = [], 0
-        for part in images.split(50):
+        for part in images.split(batch_size(self.config.size)):
             part = to_tensor(part.to(device))                               # (B, 3, H, W)
             tokens = vae.encode(part)
             mse = (vae.decode(tokens) - part).square().mean((1, 2, 3))      # (B,)
@@ -854,7 +899,7 @@ class TransformerStage(nn.Module):
 
     train and val: stored tokens (N, views, L) and labels (N,), as tokenize() returns them.
     """
-    name = 'transformer'
+    name, number = 'transformer', 2
 
     def __init__(self, config, vae, var, train, val):
         super().__init__()
@@ -885,7 +930,7 @@ class TransformerStage(nn.Module):
         """tokens (B, L), labels (B,) -> the loss in nats per token, a scalar, and figures."""
         maps = tokens.split([p * p for p in self.var.patch_nums], dim=1)    # K of (B, l)
         logits, loss = self.var(labels, self.vae.var_input(maps), tokens)
-        accuracy = (logits.argmax(-1) == tokens).float().mean()             # 4 to 6 % is normal
+        accuracy = (logits.argmax(-1) == tokens).float().mean()     # on ImageNet 4 to 6 % is normal
         return loss, {'accuracy': accuracy}
 
     def after_step(self):
@@ -954,10 +999,11 @@ def make_optimizer(stage):
 
 def make_scaler(config):
     """Leaves out steps whose gradients are not finite, without waiting for the GPU. In float16 it
-    also scales the loss, so that small gradients do not vanish."""
+    also scales the loss, so that small gradients do not vanish; else its scale does not grow."""
     name = config.precision or best_precision(config.device)
-    scale = 2. ** 16 if name == 'float16' else 1.
-    return torch.amp.GradScaler(config.device.type, init_scale=scale)
+    if name == 'float16':
+        return torch.amp.GradScaler(config.device.type, init_scale=2. ** 16)
+    return torch.amp.GradScaler(config.device.type, init_scale=1., growth_interval=2 ** 31 - 1)
 
 
 def seed_everything(*numbers):
@@ -967,11 +1013,11 @@ def seed_everything(*numbers):
 def train_step(stage, optimizer, scaler, batch):
     """One step of a stage: micro-batches, gradient clipping, AdamW, codebook.
 
-    batch: this process's tensors, on the CPU. Returns figures as scalars on the device: nothing
-    here waits for a GPU.
+    batch: this process's tensors, on the CPU. Returns the loss of this process's part and figures
+    of its last micro-batch, as scalars on the device: nothing here waits for a GPU.
     """
     config, (rank, world) = stage.config, rank_and_world()
-    seed_everything(config.seed, len(stage.name), stage.step, rank)
+    seed_everything(config.seed, stage.number, stage.step, 1 + rank)
     for group in optimizer.param_groups:
         group['lr'] = stage.lr * learning_rate(stage.step / stage.steps)
     optimizer.zero_grad()
@@ -986,10 +1032,9 @@ def train_step(stage, optimizer, scaler, batch):
         loss = loss * len(part[0]) / stage.batch
         scaler.scale(loss).backward()
         total = total + loss.detach()
-    # Not stage.parameters(): the tokenizer's weights still hold gradients of stage 1 in stage 2.
     trained = [p for group in optimizer.param_groups for p in group['params']]
     weights = [p for p in trained if p.grad is not None]
-    # Summed here, once per step; DistributedDataParallel would do so after every micro-batch.
+    # Summed here, once per step.
     if world > 1:
         for p in weights:
             dist.all_reduce(p.grad)
@@ -997,7 +1042,7 @@ def train_step(stage, optimizer, scaler, batch):
     norm_before = torch.nn.utils.clip_grad_norm_(weights, 2.0)
     scaler.step(optimizer)
     scaler.update()
-    seed_everything(config.seed, len(stage.name), stage.step)       # the same for all processes
+    seed_everything(config.seed, stage.number, stage.step)          # the same in all processes
     stage.after_step()
     return {'loss': total, **figures, 'gradient norm': norm_before}
 
@@ -1005,29 +1050,32 @@ def train_step(stage, optimizer, scaler, batch):
 def train_stage(stage, config, state):
     """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step.
 
-    Raises UserError when ten steps in a row are not finite. Ends the process when it is asked to
-    stop, after saving; asked a second time, at once.
+    Raises UserError when MOST_SKIPPED steps in a row are not finite. Ends the process when it is
+    asked to stop (Ctrl-C, SIGTERM), after saving; at a second Ctrl-C, at once.
     """
     (rank, world), device = rank_and_world(), config.device
     optimizer, scaler = make_optimizer(stage), make_scaler(config)
     if state['optimizer']:
-        mismatch = (RuntimeError, ValueError, KeyError)
-        with explain('cannot resume with another --depth or other scales', mismatch):
+        wrong = (RuntimeError, ValueError, KeyError)
+        with explain('ckpt.pt does not fit these options', wrong):
             optimizer.load_state_dict(state['optimizer'])
-            scaler.load_state_dict(state['scaler'])
             for name, module in stage.learned().items():
                 module.load_state_dict(state[name])
+        # Under another --precision the scaler starts anew.
+        if state['scaler']['growth_interval'] == scaler.get_growth_interval():
+            scaler.load_state_dict(state['scaler'])
     evaluate_every = max(1, stage.steps // 5)
     show_every = max(1, min(50, stage.steps // 20))
-    log, stop, skipped = Log(config.out / 'log.csv', stage.name), [], 0
+    log, stop = Log(config.out / 'log.csv', stage.name), []
+    skipped = most_skipped = torch.zeros((), device=device)     # steps in a row, without waiting
 
-    def ask_to_stop(number, frame):
-        if stop:
+    def ask_to_stop(signum, frame):
+        if stop and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.append(number)
+        stop.append(signum)
 
-    handlers = {number: signal.signal(number, ask_to_stop)
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.signal(signum, ask_to_stop)
+                for signum in (signal.SIGINT, signal.SIGTERM)}
     start, began = state['step'], time.time()
     next_save = began + SAVE_EVERY
     batches = stage.train().batches(start)
@@ -1039,16 +1087,12 @@ def train_stage(stage, config, state):
             with precision(device, config.precision):
                 figures = stage.eval().evaluate()
             stage.train()                                       # dropout is on again
-            log.write(step, figures)
-            show(f'{stage.name} {step}', figures)
+            if figures:
+                log.write(step, figures)
+                show(f'{stage.name} {step}', figures)
 
-        # Save. Several processes agree on when to stop, as a signal reaches them at other steps.
-        stopped = max(stop, default=0)
-        if world > 1:
-            stopped = 0
-            if step % 10 == 0 or last:
-                asked = torch.tensor([max(stop, default=0)], device=device)
-                stopped = all_processes(asked).max().item()
+        # Save.
+        stopped = agree_on_stop(stop, step, last, device)
         if rank == 0 and (last or stopped or time.time() > next_save):
             before = time.time()
             for name, module in stage.learned().items():
@@ -1058,18 +1102,21 @@ def train_stage(stage, config, state):
             took = time.time() - before
             next_save = time.time() + (max(SAVE_EVERY, took / SAVE_SHARE) if SAVE_EVERY else 0)
         if stopped:
-            print(f'stopped at {stage.name} step {step}; --resume continues', flush=True)
-            sys.exit(128 + int(stopped))
+            if world > 1:
+                dist.barrier()                  # torchrun ends all processes as soon as one ends
+            tell(f'stopped at {stage.name} step {step}; --resume continues')
+            sys.exit(128 + stopped)
         if last:
             break
 
         # Step.
         figures = train_step(stage, optimizer, scaler, next(batches))
-        finite = figures['gradient norm'].isfinite()
-        skipped = torch.where(finite, 0, skipped + 1)
-        if step % show_every == 0:                              # the GPU is waited for here alone
-            if skipped >= 10:
-                raise UserError(f'the last {skipped.item()} steps of the {stage.name} were not '
+        skipped = torch.where(figures['gradient norm'].isfinite(), 0., skipped + 1)
+        most_skipped = torch.maximum(most_skipped, skipped)
+        # Between evaluations, a single process waits for the GPU only here.
+        if step % show_every == 0:
+            if most_skipped >= MOST_SKIPPED:
+                raise UserError(f'{MOST_SKIPPED} steps in a row of the {stage.name} were not '
                                 'finite and were left out: --resume with a smaller --lr or '
                                 '--tokenizer-lr')
             if world > 1:
@@ -1082,12 +1129,24 @@ def train_stage(stage, config, state):
                 log.write(step, {f'train {name}': value for name, value in figures.items()})
                 show(f'{stage.name} {step}/{stage.steps}', figures,
                      f'{(stage.steps - step) * seconds / 60:.0f} min left')
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def agree_on_stop(stop, step, last, device):
+    """The number of the signal that asked to stop, or 0. It reaches several processes at different
+    steps: they ask each other at every tenth, as this waits for the GPU."""
+    asked = max(stop, default=0)
+    if not dist.is_initialized():
+        return asked
+    if step % 10 and not last:
+        return 0
+    return int(all_processes(torch.tensor([asked], device=device)).max())
 
 
 class Log:
-    """log.csv: one row per figure, (stage, step, unix time, name, value)."""
+    """log.csv: one row per figure, (stage, step, unix time, name, value). A resumed run repeats the
+    steps since the checkpoint, and their rows."""
 
     def __init__(self, path, stage):
         self.path, self.stage = path, stage
@@ -1112,14 +1171,14 @@ def show(title, figures, *more):
 # ---- Models to train, and the command ----
 
 
-def make_vae(config, state):
-    """The tokenizer of stage 1: that of a resumed run, that of a file, or a new one."""
-    if state:
-        path, weights = 'ckpt.pt', state['vae']
+def make_vae(config, saved=None):
+    """The tokenizer: with the weights of a resumed run (saved), those of a file, or new ones."""
+    if saved is not None:
+        path, weights = 'ckpt.pt', saved
     elif config.tokenizer == 'train' and not config.init:
         vae = VQVAE(config.patch_nums, **config.network)
-        # All codes are equal at first, so that the vectors of the first quantized step are the
-        # shrunk f itself at every scale; the first update restarts every code from them.
+        # All codes are 0 at first, so that f_hat stays 0 and every scale sees the shrunk f. The
+        # first update replaces them: one by the mean of all vectors, the others by random vectors.
         vae.quantize.embedding.weight.zero_()
         return vae
     else:
@@ -1137,11 +1196,14 @@ def make_vae(config, state):
     return vae
 
 
-def make_var(config, vae, num_classes):
-    """The transformer of stage 2: a new one, or one with the weights of --init."""
+def make_var(config, vae, num_classes, resumed):
+    """The transformer: a new one, or one with the weights of --init. Those of a resumed run are
+    loaded by train_stage."""
     V, z = vae.quantize.embedding.weight.shape
     var = VAR(config.patch_nums, config.depth, num_classes, V, z, config.saln)
-    weights = read_checkpoint(config.init).get('var') if config.init else None
+    weights = None
+    if config.init and not resumed:
+        weights = read_checkpoint(config.init).get('var')
     if weights:
         weights, fresh = dict(weights), var.class_emb.weight.detach()
         known = weights['class_emb.weight']                     # (classes + 1, w)
@@ -1156,6 +1218,10 @@ def make_var(config, vae, num_classes):
 
 def speed_up(var, config):
     """--compile and --checkpointing wrap the forward pass of every block."""
+    if config.compile:
+        # Compilation waits for the first call: a small one shows whether there is a compiler.
+        with explain('--compile', RuntimeError, 'it needs a C++ compiler, on a GPU Triton'):
+            torch.compile(torch.sin)(torch.zeros(1, device=config.device))
     for block in var.blocks:
         if config.compile:
             block.forward = torch.compile(block.forward)
@@ -1163,32 +1229,26 @@ def speed_up(var, config):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def start_run(config, state, classes, words, rank):
-    """The state of a new run; what an older run left in --out is moved aside. A resumed run gets
-    the options that were changed on the command line."""
-    config.out.mkdir(parents=True, exist_ok=True)
-    if not state:
-        state = dict(version=VERSION, classes=classes, words=words, patch_nums=config.patch_nums,
-                     sampling=config.sampling, step=0, optimizer=None,
-                     stage='tokenizer' if config.tokenizer == 'train' else 'transformer')
-        if rank == 0:
-            for name in ('ckpt.pt', 'log.csv'):
-                if (config.out / name).exists():
-                    aside = (config.out / name).with_suffix('.previous' + Path(name).suffix)
-                    (config.out / name).replace(aside)
-    saved = [f.name for f in fields(Config) if f.metadata.get('saved', True)]
-    state['config'] = {name: value for name, value in asdict(config).items() if name in saved}
-    return state
+def new_state(config, classes, words):
+    """The state of a run that begins. What an older run left in --out is moved aside."""
+    if rank_and_world()[0] == 0:
+        for name in ('ckpt.pt', 'log.csv'):
+            path = config.out / name
+            if path.exists():
+                path.replace(path.with_suffix('.previous' + path.suffix))
+    return dict(version=VERSION, classes=classes, words=words, patch_nums=config.patch_nums,
+                sampling=config.sampling, step=0, optimizer=None,
+                stage='tokenizer' if config.tokenizer == 'train' else 'transformer')
 
 
-def describe(stage, what):
+def describe(stage, model):
     """Prints the plan of a stage; warns where an image is seen very often."""
-    weights = sum(p.numel() for p in getattr(stage, what).parameters()) / 1e6
+    weights = sum(p.numel() for p in model.parameters()) / 1e6
     times = stage.steps * stage.batch / stage.rows
-    print(f'{stage.name}: {weights:.1f} M weights, {stage.steps} steps of {stage.batch} images, '
-          f'{times:.3g} epochs of {stage.rows} images', flush=True)
+    tell(f'{stage.name}: {weights:.1f} M weights, {stage.steps} steps of {stage.batch} images, '
+         f'{times:.3g} epochs of {stage.rows} images')
     if times > 1000:
-        print(f'warning: every image is seen {times:.0f} times: fewer steps will do', flush=True)
+        tell(f'warning: every image is seen {times:.0f} times: fewer steps will do')
 
 
 def main():
@@ -1201,35 +1261,34 @@ def main():
         if not isinstance(state.get('config'), dict) or state.get('version') != VERSION:
             raise UserError(f'{path} was not made by this train.py: nothing to resume')
     config = make_config(given, state.get('config', {}))
-    (rank, world), device = rank_and_world(), config.device
+    (rank, world), device, resumed = rank_and_world(), config.device, bool(state)
     train, val, classes, words = read_data(config)
-    state = start_run(config, state, classes, words, rank)
-    if rank == 0:
-        kind = config.precision or best_precision(device)
-        print(f'{len(train)} + {len(val)} images of {config.size} px in {len(classes)} classes; '
-              f'scales {config.patch_nums}; {world} x {device}, {kind}', flush=True)
+    tell(f'{len(train)} + {len(val)} images of {config.size} px in {len(classes)} classes; scales '
+         f'{config.patch_nums}; {world} x {device}, {config.precision or best_precision(device)}')
     seed_everything(config.seed)
-    resumed = 'vae' in state
-    vae = make_vae(config, state if resumed else {}).to(device)
-    var = make_var(config, vae, len(classes)).to(device)
+    vae = make_vae(config, state.get('vae')).to(device)
+    seed_everything(config.seed)                # whatever make_vae took, var starts the same
+    var = make_var(config, vae, len(classes), resumed).to(device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    state = state or new_state(config, classes, words)
+    saved = [f.name for f in fields(Config) if f.metadata.get('saved', True)]
+    state['config'] = {name: value for name, value in asdict(config).items() if name in saved}
 
     if state['stage'] == 'tokenizer':
         stage = TokenizerStage(config, vae, train, val).to(device)
-        if rank == 0:
-            describe(stage, 'vae')
+        describe(stage, vae)
         train_stage(stage, config, state)
         state.pop('adversarial', None)
         state.update(stage='transformer', step=0, optimizer=None)   # where --resume continues
     vae.eval().requires_grad_(False)                                # stage 2 leaves it as it is
+    vae.zero_grad()                                                 # frees the gradients of stage 1
     state['vae'] = vae.state_dict()
 
     stored = tokenize(vae, train, config, 'train', config.views)
     stored_val = tokenize(vae, val, config, 'val')
-    with explain('--compile', RuntimeError, 'it needs a C++ compiler, on a GPU Triton'):
-        speed_up(var, config)
+    speed_up(var, config)
     stage = TransformerStage(config, vae, var, stored, stored_val)
-    if rank == 0:
-        describe(stage, 'var')
+    describe(stage, var)
     train_stage(stage, config, state)
     if rank == 0:
         names = ('version', 'config', 'classes', 'words', 'patch_nums', 'sampling', 'vae', 'var')
@@ -1239,4 +1298,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, 'a smaller --micro-batch, in stage 1 a smaller --tokenizer-micro-batch')

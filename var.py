@@ -11,8 +11,9 @@ Section 6 for editing. Where paper and released weights differ, this file follow
 - Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
 
-Letters: B batch, K scales, k one of them (from 0), p side of its token map, l = p * p its tokens,
-L tokens of all scales, w width, d depth, h heads, V codes, z code dimension.
+Letters: B batch, K scales, p side of the token map of one scale, l = p * p its tokens, L tokens of
+all scales, w width, d depth, h heads, V codes, z code dimension. k is one of the scales: from 0 in
+code, from 1 in the paper's formulas and where a text speaks of scale 1.
 Parameters have the names of the released files, so that weights load in both directions.
 
 The end of the file has what the commands share: loading, devices, precision, the command line.
@@ -23,18 +24,15 @@ import math
 import os
 import pickle
 import sys
+from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokenizer import VQVAE, UserError, explain
-
-
-def scale_of_token(patch_nums):
-    """The scale that each of the L tokens belongs to: (L,) int64, rising."""
-    return torch.arange(len(patch_nums)).repeat_interleave(torch.tensor(patch_nums) ** 2)
+from tokenizer import VQVAE, UserError, explain, scale_of_token
 
 
 def block_causal_mask(patch_nums):
@@ -55,7 +53,7 @@ def block_causal_mask(patch_nums):
 # ---- The network (Section 4) ----
 
 
-def norm(x):
+def layer_norm(x):
     """LayerNorm without parameters of its own: AdaLN brings scale and shift."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
@@ -103,7 +101,7 @@ class Attention(nn.Module):
             k = F.normalize(k, dim=-1)
         else:
             q = q * (0.25 / math.sqrt(q.shape[-1]))             # the ablation of Table 3
-        q, k = q.to(v.dtype), k.to(v.dtype)                     # autocast normalises in float32
+        q, k = q.to(v.dtype), k.to(v.dtype)             # under autocast, normalize gives float32
         if cache is not None:
             start, end = mask.shape[1] - l, mask.shape[1]
             keys, values = cache
@@ -139,9 +137,9 @@ class Block(nn.Module):
     def forward(self, x, modulation, mask, cache=None):
         """x (B, l, w), modulation: six vectors (B, 1, w), mask and cache as in Attention."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        h = norm(x) * (1 + scale1) + shift1                                 # (B, l, w)
+        h = layer_norm(x) * (1 + scale1) + shift1                                 # (B, l, w)
         x = x + self.attn(h, mask, cache) * self.drop_path(gamma1)          # (B, l, w)
-        h = norm(x) * (1 + scale2) + shift2                                 # (B, l, w)
+        h = layer_norm(x) * (1 + scale2) + shift2                                 # (B, l, w)
         h = F.gelu(self.ffn['fc1'](h), approximate='tanh')                  # (B, l, 4w)
         return x + self.ffn['fc2'](h) * self.drop_path(gamma2)              # (B, l, w)
 
@@ -149,9 +147,11 @@ class Block(nn.Module):
 class VAR(nn.Module):
     """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6); patch_nums: the sides of the r_k.
 
-    The depth d sets the width 64 d and d heads, equation (7). Class index num_classes stands for
-    "no class". shared_aln: one AdaLN projection for all blocks, as in the 512 px model.
-    qk_norm=False is an ablation of Table 3; the released models have it on.
+    The depth d sets the width 64 d and d heads, equation (7). The blocks then have, equation (8),
+    d (4 w^2 + 8 w^2 + 6 w^2) = 18 d w^2 weights in attention, FFN and AdaLN; embeddings, head and
+    biases are not counted. Class index num_classes stands for "no class". shared_aln: one AdaLN
+    projection for all blocks, as in the 512 px model. qk_norm=False is an ablation of Table 3;
+    the released models have it on.
     """
     label_dropout = 0.1     # share of the training images that lose their label, for guidance
 
@@ -216,7 +216,7 @@ class VAR(nn.Module):
         """AdaLN: the class embedding (B, w) -> six vectors per block and two for the head.
 
         Each is (B, 1, w). They depend on the class alone, so that generation computes them once
-        per image and not once per scale; the weights that make them are a third of all (8).
+        per image and not once per scale; a third of the weights (8) makes them.
         """
         if self.shared_ada_lin:
             shared = self.shared_ada_lin(condition).unflatten(1, (1, 6, -1))    # (B, 1, 6, w)
@@ -229,7 +229,7 @@ class VAR(nn.Module):
     def logits(self, x, modulation):
         """The head: x (B, l, w) -> (B, l, V), float32."""
         scale, shift = modulation
-        return self.head(norm(x.float()) * (1 + scale) + shift).float()
+        return self.head(layer_norm(x.float()) * (1 + scale) + shift).float()
 
     def forward(self, labels, x, targets=None):
         """Teacher forcing: all scales in one pass, under the block-causal mask (Fig. 4).
@@ -259,6 +259,8 @@ class VAR(nn.Module):
     def generate(self, vae, labels, cfg=1.5, top_k=900, top_p=0.96, seed=None, smooth=False,
                  given=None, keep=None, return_tokens=False):
         """Draws images scale by scale, equation (6): K passes, keys and values cached.
+
+        With sides that grow by a factor a, p_K = a^(K-1), K is 1 + log_a p_K passes.
 
         labels: (B,) class indices; num_classes for "no class". cfg: guidance at the last scale.
         top_k, top_p: see filter_logits. smooth: passes on a mixture of codes instead of the drawn
@@ -444,12 +446,17 @@ def load(path, tokenizer=None):
     if not ckpt.get('vae'):
         raise UserError(f'{tokenizer or path} has no tokenizer: with a released transformer, add '
                         '--tokenizer vae_ch160v4096z32.pth')
-    with explain(f'{path}: its weights fit no model', UNLOADABLE):
-        var = VAR.from_state_dict(ckpt['var']).eval() if ckpt.get('var') else None
-        patch_nums = var.patch_nums if var else ckpt['patch_nums']
-        vae = VQVAE.from_state_dict(ckpt['vae'], patch_nums).eval()
-    if var and (var.vocab_size, var.word_embed.in_features) != vae.quantize.embedding.weight.shape:
-        raise UserError(f'the tokenizer and the transformer of {path} were not trained together')
+    var = None
+    if ckpt.get('var'):
+        with explain(f'{path}: not the weights of a transformer', UNLOADABLE):
+            var = VAR.from_state_dict(ckpt['var']).eval()
+            ckpt['patch_nums'] = var.patch_nums
+    with explain(f'{tokenizer or path}: not the weights of a tokenizer', UNLOADABLE):
+        vae = VQVAE.from_state_dict(ckpt['vae'], ckpt['patch_nums']).eval()
+    codes = vae.quantize.embedding.weight.shape                             # (V, z)
+    if var and (var.vocab_size, var.word_embed.in_features) != codes:
+        raise UserError(f'the transformer of {path} was trained with another tokenizer than that '
+                        f'of {tokenizer or path}')
     return vae, var, ckpt
 
 
@@ -474,7 +481,9 @@ def pick_device(name=None):
         if device.type == 'cuda':
             torch.cuda.set_device(device)                       # for the collectives
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        # The others wait while one downloads or evaluates: longer than the default of ten minutes.
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
+                                timeout=timedelta(hours=2))
         # Without this, a thread of the group sometimes aborts the process at its exit.
         atexit.register(dist.destroy_process_group)
     return device
@@ -506,9 +515,9 @@ def best_precision(device):
 def precision(device, name=None):
     """An autocast context in the named precision, by default in the device's best one."""
     name = name or best_precision(device)
-    # mps has no autocast in older versions of torch, and none is asked for there.
-    kind = 'cpu' if device.type == 'mps' and name == 'float32' else device.type
-    return torch.autocast(kind, getattr(torch, name), enabled=name != 'float32')
+    if name == 'float32':
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, name))
 
 
 def cast_linear_weights(var, device, name=None):
@@ -546,10 +555,11 @@ def number(kind, low, high=math.inf):
     return convert
 
 
-def run(main):
+def run(main, out_of_memory='a smaller --batch'):
     """Runs a command. A UserError ends in one line and status 2, an interruption in 130.
 
-    Any other exception is a fault of the program, and keeps its traceback.
+    out_of_memory: what to try where memory does not suffice. Any other exception is a fault of the
+    program, and keeps its traceback.
     """
     try:
         return main()
@@ -562,7 +572,6 @@ def run(main):
         names = ('OutOfMemory', 'allocate memory', 'MemoryError')
         if not any(name in f'{type(e).__name__} {e}' for name in names):
             raise
-        option = '--micro-batch' if 'train' in sys.argv[0] else '--batch'
-        message = f'out of memory: try a smaller {option}'
+        message = f'out of memory: try {out_of_memory}'
     print(f'error: {message}', file=sys.stderr, flush=True)
     sys.exit(2)

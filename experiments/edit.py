@@ -19,9 +19,9 @@ import torch
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import batch_size, classes_of                                   # noqa: E402
-from tokenizer import (UserError, crop, make_grid, open_image, save_image, to_tensor,   # noqa: E402
-                       to_uint8)
+from sample import classes_of                                   # noqa: E402
+from tokenizer import (UserError, batch_size, crop, make_grid, open_image,  # noqa: E402
+                       save_image, to_tensor, to_uint8)
 from var import (Parser, cast_linear_weights, load, number, pick_device, precision,     # noqa: E402
                  run)
 
@@ -59,8 +59,8 @@ def new_positions(P, size, boxes=(), mask=None, outside=False):
         pixels = ~pixels
     new = pixels.reshape(P, patch, P, patch).any((1, 3))                    # (P, P)
     if new.all() or not new.any():
-        raise UserError(f'--box or --mask must leave 1 to {P * P - 1} of the {P} x {P} positions to '
-                        'generate')
+        raise UserError(f'--box or --mask must leave 1 to {P * P - 1} of the {P} x {P} positions '
+                        'to generate')
     return new, pixels
 
 
@@ -86,7 +86,7 @@ def main():
     add('--n', type=number(int, 1), default=4, help='images per class')
     add('--ckpt', type=Path, default=Path('ckpt.pt'), help='of train.py, or a released transformer')
     add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
-    add('--cfg', type=number(float, 0), help='guidance of the last scale; default: of the checkpoint')
+    add('--cfg', type=number(float, 0), help='guidance of the last scale')
     add('--seed', type=number(int, 0), default=0, help='the same seed, the same images')
     add('--out', type=Path, default=Path('edited.png'), help='the sheet, a row per class')
     add('--device', help='cuda, mps or cpu; default: the best there is')
@@ -98,7 +98,8 @@ def main():
     vae, var, size = vae.to(device), cast_linear_weights(var, device), vae.image_size
     classes = [var.num_classes]                                 # "no class"
     if args.cls:
-        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []), ckpt.get('words', []))
+        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
+                             ckpt.get('words', []))
     options = dict(ckpt['sampling'])
     if args.cfg is not None:
         options['cfg'] = args.cfg
@@ -108,16 +109,16 @@ def main():
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
     labels = torch.tensor(classes).repeat_interleave(args.n)                # (N,)
     drawn = []
-    for number_, part in enumerate(labels.split(batch_size(size))):
+    for index, part in enumerate(labels.split(batch_size(size))):
         with precision(device):
             images = var.generate(vae, part, given=given, keep=torch.from_numpy(~new),
-                                  seed=args.seed + 1_000_003 * number_, **options)
+                                  seed=args.seed + 1_000_003 * index, **options)
         drawn.append(to_uint8(images))
     drawn = np.concatenate(drawn)                                           # (N, H, W, 3)
     if args.paste:
         drawn = paste(photo, drawn, pixels)
     kept = np.where(pixels[..., None], np.uint8(128), photo)
-    rows = [np.stack([photo, kept, *row]) for row in drawn.reshape(len(classes), args.n, size, size, 3)]
+    rows = [np.stack([photo, kept, *row]) for row in np.split(drawn, len(classes))]
     save_image(args.out, [make_grid(rows)])
     print(f'drew {len(drawn)} images; wrote {args.out}')
 

@@ -1,7 +1,8 @@
 """Grades both models of a checkpoint on validation images.
 
-    python experiments/evaluate.py                              # ckpt.pt, on the data it was trained on
-    python experiments/evaluate.py --ckpt var_d16.pth --tokenizer vae_ch160v4096z32.pth --data ./imagenet
+    python experiments/evaluate.py                      # ckpt.pt, on the data of its training
+    python experiments/evaluate.py --ckpt var_d16.pth --tokenizer vae_ch160v4096z32.pth \
+        --data ./imagenet
 
 Tokenizer: PSNR, SSIM, L1, codebook usage (of all scales and of each), entropy of the tokens. The
 reconstructions go into reconstructions.npz, for the evaluators of rFID.
@@ -113,8 +114,8 @@ def main():
         if var is None:
             return
         if ckpt.get('classes', classes) != classes or var.num_classes != len(classes):
-            raise UserError(f'{config.data} has other classes than {args.ckpt}: graded the tokenizer '
-                            'only')
+            raise UserError(f'{config.data} has other classes than {args.ckpt}: graded only the '
+                            'tokenizer')
         show('transformer', grade_transformer(vae, var.to(device), tokens, labels, device))
 
 

@@ -5,9 +5,9 @@
 
 In this order, each part within its share of the time: whether a training step waits for the GPU;
 the tests; speed and memory at the official sizes (bench.py); the shapes from training to samples;
-CIFAR-10 with the preset 32-gpu, for as long as is left. Writes gpu.json into --out after every part:
-status, seconds and the last lines of each, and all figures of bench.csv. A part that fails or runs
-out of time does not keep the others from running. CIFAR-10 continues in the next call.
+CIFAR-10 with the preset 32-gpu, for as long as is left. Writes gpu.json into --out after every
+part: status, seconds and the last lines of each, and all figures of bench.csv. A part that fails
+or runs out of time does not keep the others from running. CIFAR-10 continues in the next call.
 """
 import argparse
 import csv
@@ -37,7 +37,8 @@ def check_synchronisation(device):
     images = ImageSet(*shapes(64), 32)
     var = VAR(config.patch_nums, 2, 10, *vae.quantize.embedding.weight.shape).to(device)
     stored = np.ones((64, 1, len(var.mask)), np.int16), images.labels
-    stages = TokenizerStage(config, vae, images, images), TransformerStage(config, vae, var, stored, stored)
+    stages = (TokenizerStage(config, vae, images, images),
+              TransformerStage(config, vae, var, stored, stored))
     for stage in stages:
         stage = stage.to(device).train()
         optimizer, scaler = make_optimizer(stage), make_scaler(config)
@@ -72,7 +73,8 @@ def run_part(name, commands, seconds):
         tail += output.strip().splitlines()[-8:]
         if status:
             break
-    print(f'{name}: status {status}, {time.time() - began:.0f} s', *tail[-3:], sep='\n    ', flush=True)
+    print(f'{name}: status {status}, {time.time() - began:.0f} s')
+    print(*tail[-3:], sep='\n', flush=True)
     return {'status': status, 'seconds': time.time() - began, 'output': tail}
 
 
@@ -109,8 +111,8 @@ def main():
         'bench': (150, [['experiments/bench.py', *bench, '--out', out, *where]]),
         'shapes': (90, [['train.py', '--out', out / 'shapes', *few, *where],
                         ['experiments/judge.py', '--ckpt', out / 'shapes' / 'ckpt.pt', *where]]),
-        'cifar10': (600, [['train.py', '--data', args.data, *cifar, '--out', out / 'cifar10', *where,
-                           *resumed]]),
+        'cifar10': (600, [['train.py', '--data', args.data, *cifar, '--out', out / 'cifar10',
+                           *where, *resumed]]),
         'samples': (60, [['sample.py', '--ckpt', ckpt, '--n', 200, '--cls', 'all', '--npz',
                           out / 'cifar10.npz', *where],
                          ['sample.py', '--ckpt', ckpt, '--out', out / 'cifar10.png', *where]])}

@@ -1,6 +1,6 @@
 """Rejection sampling (Table 1, VAR-d30-re): of several images for each label, the best is kept.
 
-    python experiments/reject.py --rounds 4                                 # judged by the model itself
+    python experiments/reject.py --rounds 4                     # judged by the model itself
     python experiments/reject.py --rounds 4 --classifier resnet.pt2 --npz best.npz --n 50 --cls all
 
 The judge is a classifier, as in the paper: a file of torch.export, images (B, 3, H, W) in [0, 1] ->
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import batch_size, classes_of                                   # noqa: E402
-from tokenizer import (UserError, explain, make_grid, save_image, to_uint8,  # noqa: E402
-                       write_file)
+from sample import classes_of                                   # noqa: E402
+from tokenizer import (UserError, batch_size, explain, make_grid, save_image,   # noqa: E402
+                       to_uint8, write_file)
 from var import Parser, load, number, pick_device, precision, run           # noqa: E402
 
 
@@ -41,7 +41,8 @@ def best_of(vae, var, labels, rounds, seed, classifier=None, **options):
         images, tokens = var.generate(vae, labels, seed=seed + i, return_tokens=True, **options)
         if classifier is None:
             nobody = torch.full_like(labels, var.num_classes)
-            score = log_likelihood(vae, var, labels, tokens) - log_likelihood(vae, var, nobody, tokens)
+            with_class = log_likelihood(vae, var, labels, tokens)
+            score = with_class - log_likelihood(vae, var, nobody, tokens)
         else:
             # torch.export refuses other shapes by an AssertionError.
             wrong = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -82,7 +83,8 @@ def main():
     classifier = load_classifier(args.classifier, device) if args.classifier else None
     classes = list(range(min(10, var.num_classes)))
     if args.cls:
-        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []), ckpt.get('words', []))
+        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
+                             ckpt.get('words', []))
     labels = torch.tensor(classes).repeat_interleave(args.n)                # (N,)
     drawn = []
     for i, part in enumerate(labels.split(batch_size(vae.image_size))):
@@ -97,7 +99,8 @@ def main():
         write_file(args.npz, lambda f: np.savez(f, **arrays))
     else:
         save_image(args.out, [make_grid(np.split(drawn, len(classes)))])
-    print(f'drew {len(drawn) * args.rounds} images, kept {len(drawn)}; wrote {args.npz or args.out}')
+    print(f'drew {len(drawn) * args.rounds} images, kept {len(drawn)}; '
+          f'wrote {args.npz or args.out}')
 
 
 if __name__ == '__main__':

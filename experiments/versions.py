@@ -1,5 +1,5 @@
-"""Runs the whole test suite in fresh environments: the oldest versions that requirements.txt allows,
-each with the oldest and the newest of the others, and the newest of all.
+"""Runs the whole test suite in fresh environments: the oldest versions that requirements.txt
+allows, each with the oldest and the newest of the others, and the newest of all.
 
     python experiments/versions.py              # some gigabytes of downloads, a minute per suite
     python experiments/versions.py --only 2
@@ -43,10 +43,11 @@ def main():
             (folder / 'ready').touch()
         versions = subprocess.check_output([python, '-c', (
             'import platform, torch, numpy, PIL; print(platform.python_version(), "torch", '
-            'torch.__version__, "numpy", numpy.__version__, "pillow", PIL.__version__)')], text=True)
+            'torch.__version__, "numpy", numpy.__version__, "pillow", PIL.__version__)')],
+            text=True)
         with open(log, 'w') as f:
-            status = subprocess.run([python, '-m', 'pytest', '-q', 'test_var.py'], cwd=ROOT, stdout=f,
-                                    stderr=subprocess.STDOUT).returncode
+            status = subprocess.run([python, '-m', 'pytest', '-q', 'test_var.py'], cwd=ROOT,
+                                    stdout=f, stderr=subprocess.STDOUT).returncode
         last = log.read_text().strip().splitlines()[-1]
         print(f'{i}: Python {versions.strip()}: {last}', flush=True)
         failed += status != 0
