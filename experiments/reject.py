@@ -8,6 +8,7 @@ logits (B, classes). Without one it is the transformer itself, by the likelihood
 log p(tokens | class) - log p(tokens | no class).
 """
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def best_of(vae, var, labels, rounds, seed, classifier=None, **options):
 def load_classifier(path, device):
     """The module in a file of torch.export. UserError for any other file."""
     wrong = (OSError, RuntimeError, ValueError, KeyError, AssertionError)
+    logging.getLogger('torch.export').setLevel(logging.CRITICAL)    # it would log the traceback
     with explain(f'--classifier {path}', wrong, 'it must be a file of torch.export.save'):
         return torch.export.load(path).module().to(device)
 
