@@ -101,7 +101,7 @@ def main():
         bench = ['--depths', 1, '--batch', 1, '--draw', 1, '--baseline-depth', 1, '--grids', 8, 16,
                  '--ch', 32]
         few = ['--tokenizer-steps', 8, '--steps', 8]
-        cifar = ['--preset', '32', '--tokenizer-steps', 8, '--steps', 8]
+        cifar = ['--preset', '32', '--tokenizer-steps', 8, '--steps', 8, '--limit', 20]
     ckpt, resumed = out / 'cifar10' / 'ckpt.pt', []
     if ckpt.exists():
         resumed = ['--resume']
