@@ -832,6 +832,7 @@ def test_micro_batches_add_up_to_the_batch(name, tmp_path):
         options = {'tokenizer_batch': 8, 'tokenizer_micro_batch': size} if name == 'tokenizer' else {
             'batch': 8, 'micro_batch': size}
         stage = small_stage(name, tmp_path, adversarial=0.5, tokenizer_steps=40, **options)
+        stage.lr = 0.                           # AdamW's first steps would enlarge rounding errors
         optimizer, scaler = train.make_optimizer(stage), train.make_scaler(stage.config)
         for stage.step in (31, 32):             # the second one has the adversarial weight
             train.train_step(stage, optimizer, scaler, batch)
@@ -841,8 +842,7 @@ def test_micro_batches_add_up_to_the_batch(name, tmp_path):
                       'lambda_G': weight})
     for other in found[1:]:
         for n, gradient in found[0].items():
-            # Weights of one step before differ by rounding, which AdamW's first steps enlarge.
-            torch.testing.assert_close(other[n], gradient, rtol=1e-3, atol=1e-5, msg=n)
+            torch.testing.assert_close(other[n], gradient, rtol=1e-4, atol=1e-5, msg=n)
 
 
 @pytest.mark.parametrize('name', ['tokenizer', 'transformer'])
