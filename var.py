@@ -103,7 +103,8 @@ class Attention(nn.Module):
             q = q * (0.25 / math.sqrt(q.shape[-1]))             # the ablation of Table 3
         q, k = q.to(v.dtype), k.to(v.dtype)             # under autocast, normalize gives float32
         if cache is not None:
-            start, end = mask.shape[1] - l, mask.shape[1]
+            end = mask.shape[1]                         # x holds the last l of the tokens so far
+            start = end - l
             keys, values = cache
             keys[:, :, start:end] = k
             values[:, :, start:end] = v
