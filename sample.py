@@ -48,6 +48,25 @@ def parse():
     return parser.parse_args()
 
 
+def load_both(path, tokenizer=None):
+    """load(), and UserError if the checkpoint has no transformer yet."""
+    vae, var, ckpt = load(path, tokenizer)
+    if var is None:
+        raise UserError(f'{path} has a tokenizer only: continue with train.py --resume')
+    return vae, var, ckpt
+
+
+def write_npz(path, images, labels, seed):
+    """Writes images uint8 (N, H, W, 3) and labels (N,) for the evaluators of FID.
+
+    Shuffled, because the evaluator takes the inception score of consecutive blocks, and samples
+    that are sorted by class would get a far lower one.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    arrays = {'arr_0': images[order], 'arr_1': labels.numpy()[order]}
+    write_file(path, lambda f: np.savez(f, **arrays))
+
+
 def classes_of(asked, n, names, words):
     """Indices of classes that are asked for as an index below n, a name, a word, or 'all'.
 
@@ -114,9 +133,7 @@ def main():
         raise UserError('--scales decodes the drawn codes, which --smooth does not use: leave one '
                         'out')
     device = pick_device(args.device)
-    vae, var, ckpt = load(args.ckpt, args.tokenizer)
-    if var is None:
-        raise UserError(f'{args.ckpt} has a tokenizer only: continue with train.py --resume')
+    vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var = vae.to(device), cast_linear_weights(var, device, args.precision)
     args.batch = args.batch or batch_size(vae.image_size)
     options = dict(ckpt['sampling'], smooth=args.smooth)
@@ -145,11 +162,7 @@ def main():
         save_image(args.scales, frames)
         written.append(args.scales)
     if args.npz:
-        # Shuffled, because the evaluator takes the inception score of consecutive blocks, and
-        # samples that are sorted by class would get a far lower one.
-        order = np.random.default_rng(args.seed).permutation(len(labels))
-        arrays = {'arr_0': images[order], 'arr_1': labels.numpy()[order]}
-        write_file(args.npz, lambda f: np.savez(f, **arrays))
+        write_npz(args.npz, images, labels, args.seed)
         written.append(args.npz)
     if args.png:
         for i, image in enumerate(images):

@@ -1270,6 +1270,7 @@ def main():
     vae = make_vae(config, state.get('vae')).to(device)
     seed_everything(config.seed)                # whatever make_vae took, var starts the same
     var = make_var(config, vae, len(classes), resumed).to(device)
+    speed_up(var, config)                       # fails now without a compiler, not after stage 1
     config.out.mkdir(parents=True, exist_ok=True)
     state = state or new_state(config, classes, words)
     saved = [f.name for f in fields(Config) if f.metadata.get('saved', True)]
@@ -1287,7 +1288,6 @@ def main():
 
     stored = tokenize(vae, train, config, 'train', config.views)
     stored_val = tokenize(vae, val, config, 'val')
-    speed_up(var, config)
     stage = TransformerStage(config, vae, var, stored, stored_val)
     describe(stage, var)
     train_stage(stage, config, state)

@@ -19,10 +19,10 @@ import torch
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import classes_of                                   # noqa: E402
+from sample import classes_of, load_both                               # noqa: E402
 from tokenizer import (UserError, batch_size, crop, make_grid, open_image,  # noqa: E402
                        save_image, to_tensor, to_uint8)
-from var import (Parser, cast_linear_weights, load, number, pick_device, precision,     # noqa: E402
+from var import (Parser, cast_linear_weights, number, pick_device, precision,     # noqa: E402
                  run)
 
 
@@ -92,9 +92,7 @@ def main():
     add('--device', help='cuda, mps or cpu; default: the best there is')
     args = parser.parse_args()
     device = pick_device(args.device)
-    vae, var, ckpt = load(args.ckpt, args.tokenizer)
-    if var is None:
-        raise UserError(f'{args.ckpt} has a tokenizer only: continue with train.py --resume')
+    vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var, size = vae.to(device), cast_linear_weights(var, device), vae.image_size
     classes = [var.num_classes]                                 # "no class"
     if args.cls:

@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import classes_of                                   # noqa: E402
-from tokenizer import (UserError, batch_size, explain, make_grid, save_image,   # noqa: E402
-                       to_uint8, write_file)
-from var import Parser, load, number, pick_device, precision, run           # noqa: E402
+from sample import classes_of, load_both, write_npz                   # noqa: E402
+from tokenizer import batch_size, explain, make_grid, save_image, to_uint8    # noqa: E402
+from var import Parser, number, pick_device, precision, run           # noqa: E402
 
 
 def log_likelihood(vae, var, labels, tokens):
@@ -78,9 +77,7 @@ def main():
     add('--device', help='cuda, mps or cpu; default: the best there is')
     args = parser.parse_args()
     device = pick_device(args.device)
-    vae, var, ckpt = load(args.ckpt, args.tokenizer)
-    if var is None:
-        raise UserError(f'{args.ckpt} has a tokenizer only: continue with train.py --resume')
+    vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var = vae.to(device), var.to(device)
     classifier = load_classifier(args.classifier, device) if args.classifier else None
     classes = list(range(min(10, var.num_classes)))
@@ -96,9 +93,7 @@ def main():
         drawn.append(to_uint8(images))
     drawn = np.concatenate(drawn)                                           # (N, H, W, 3)
     if args.npz:
-        order = np.random.default_rng(args.seed).permutation(len(drawn))
-        arrays = {'arr_0': drawn[order], 'arr_1': labels.numpy()[order]}
-        write_file(args.npz, lambda f: np.savez(f, **arrays))
+        write_npz(args.npz, drawn, labels, args.seed)
     else:
         save_image(args.out, [make_grid(np.split(drawn, len(classes)))])
     print(f'drew {len(drawn) * args.rounds} images, kept {len(drawn)}; '
