@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from tokenizer import UserError, batch_size, make_grid, save_image, to_uint8, write_file
-from var import (PRECISIONS, Parser, cast_linear_weights, load, number, pick_device, precision,
-                 rank_and_world, run)
+from var import (PRECISIONS, Parser, cast_linear_weights, compile_forward, load, number,
+                 pick_device, precision, rank_and_world, record_generate, run)
 
 
 def parse():
@@ -45,6 +46,8 @@ def parse():
     add('--scales', type=Path, help='also the images growing scale by scale: a .png or .gif')
     add('--device', help='cuda, mps or cpu; default: the best there is')
     add('--precision', choices=PRECISIONS, help='default: the best that the device has')
+    add('--compile', action='store_true',
+        help='torch.compile, and on CUDA a graph per batch: for many images')
     return parser.parse_args()
 
 
@@ -101,12 +104,17 @@ def draw_batches(vae, var, labels, args, options, folder):
     device = var.pos_start.device
     batches = list(enumerate(labels.split(args.batch)))
     mine, began = batches[rank::world], time.time()
+    generate = generate_full = partial(var.generate, vae, return_tokens=True, **options)
+    if args.compile and device.type == 'cuda' and len(labels) >= args.batch:
+        with precision(device, args.precision):
+            generate_full = record_generate(var, vae, args.batch, return_tokens=True, **options)
     for done, (index, label) in enumerate(mine, start=1):
         path = folder / f'{index}.npz'
         if not path.exists():
             seed = args.seed + 1_000_003 * index
             with precision(device, args.precision):
-                images, tokens = var.generate(vae, label, seed=seed, return_tokens=True, **options)
+                full = len(label) == args.batch                 # the last batch may be smaller
+                images, tokens = (generate_full if full else generate)(label, seed=seed)
                 arrays = {'images': to_uint8(images)}                       # (B, H, W, 3)
                 if args.scales:
                     growing = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]
@@ -135,6 +143,8 @@ def main():
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var = vae.to(device), cast_linear_weights(var, device, args.precision)
+    if args.compile:
+        compile_forward([vae.decoder, *var.blocks], device)
     args.batch = args.batch or batch_size(vae.image_size)
     options = dict(ckpt['sampling'], smooth=args.smooth)
     for name in ('cfg', 'top_k', 'top_p'):

@@ -45,7 +45,7 @@ import tokenizer
 import train
 import var as var_module
 from tokenizer import VQVAE, UserError, crop, open_image, to_tensor, to_uint8, write_file
-from var import VAR, block_causal_mask, filter_logits, load, precision, run
+from var import VAR, block_causal_mask, draw, filter_logits, load, precision, run
 
 GOLDEN = sorted({*HERE.glob('assets/golden_*.json'), *HERE.glob('../shared/golden/*.json')})
 CPU = torch.device('cpu')
@@ -388,6 +388,8 @@ def test_label_dropout_and_stochastic_depth_belong_to_training(monkeypatch):
 
 def test_loss_and_blocks_compiled_or_checkpointed():
     vae, var = models()
+    images = torch.rand(2, 3, vae.image_size, vae.image_size)
+    rebuilt = vae.to_image(vae.to_latent(images))
     var.train().label_dropout = 0.
     for block in var.blocks:
         block.drop_rate.zero_()
@@ -398,16 +400,27 @@ def test_loss_and_blocks_compiled_or_checkpointed():
     assert loss.item() == pytest.approx(-log_p.gather(2, tokens[..., None]).mean().item())
     want = torch.autograd.grad(loss, list(var.parameters()))
     for compile_, checkpointing in ((True, False), (False, True), (True, True)):
-        for block in var.blocks:
-            block.__dict__.pop('forward', None)
         compiler = partial(torch.compile, backend='eager', fullgraph=True)      # one graph, no code
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, 'compile', compiler)
             options = dict(compile=compile_, checkpointing=checkpointing)
-            train.speed_up(var, train.Config(**options))
+            train.speed_up(vae, var, train.Config(**options, device=CPU))
         loss = var(labels, x, tokens)[1]
         torch.testing.assert_close(torch.autograd.grad(loss, list(var.parameters())), want,
                                    rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vae.to_image(vae.to_latent(images)), rebuilt)
+        assert compile_ == all('forward' in part.__dict__ for part in (vae.encoder, vae.decoder))
+        for module in (vae.encoder, vae.decoder, *var.blocks):
+            module.__dict__.pop('forward', None)
+
+
+def test_draws_are_those_of_multinomial():
+    logits = filter_logits(torch.randn(3, 7, 50), top_k=9)
+    probabilities = logits.softmax(-1)
+    draws = draw(probabilities, torch.Generator().manual_seed(1))
+    want = torch.multinomial(probabilities.flatten(0, 1), 1,
+                             generator=torch.Generator().manual_seed(1)).view(3, 7)
+    assert torch.equal(draws, want)
 
 
 @torch.no_grad()
@@ -866,6 +879,9 @@ def test_a_step_never_waits_for_the_device(name, tmp_path):
             figures = train.train_step(stage, optimizer, scaler, batch)
         with pytest.raises(Exception, match='item|data-dependent|DataDependent|_local_scalar'):
             figures['loss'].item()
+        if name == 'transformer':
+            labels = torch.zeros(2, dtype=torch.int64)
+            stage.var.eval().generate(stage.vae, labels, smooth=True, top_k=9, top_p=0.9)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):

@@ -269,12 +269,13 @@ class VAR(nn.Module):
         given, keep: zero-shot editing (Section 6): K token maps (B, l), and a mask (p_K, p_K) that
         is 1 where they are kept.
         Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps (B, l).
-        The same seed draws the same images on the same kind of device.
+        seed: an int, or a generator on the model's device. The same int draws the same images on
+        the same kind of device. But for `labels` and `keep` from the CPU, nothing waits for a GPU.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
         labels = torch.as_tensor(labels, device=device)
-        generator = None
-        if seed is not None:
+        generator = seed
+        if seed is not None and not isinstance(seed, torch.Generator):
             generator = torch.Generator(device).manual_seed(seed)
         if cfg:
             # Classifier-free guidance doubles the batch: the class, then "no class". The second
@@ -300,8 +301,7 @@ class VAR(nn.Module):
                 logits = (1 + t) * logits[:B] - t * logits[B:]                  # (B, l, V)
             logits = filter_logits(logits, top_k, top_p)                        # (B, l, V)
             # All tokens of the scale are drawn at once: given r_<k they are independent.
-            probabilities = logits.softmax(-1).flatten(0, 1)                    # (B*l, V)
-            r_k = torch.multinomial(probabilities, 1, generator=generator).view(B, -1)  # (B, l)
+            r_k = draw(logits.softmax(-1), generator)                           # (B, l)
             z_k = vae.quantize.embedding(r_k)                                   # (B, l, z)
             if smooth:
                 z_k = gumbel_mixture(logits, ratio, generator) @ vae.quantize.embedding.weight
@@ -352,6 +352,16 @@ def filter_logits(logits, top_k=0, top_p=0.0):
         outside[..., -1] = False
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
+
+
+def draw(probabilities, generator):
+    """One code from each distribution: (B, l, V) -> (B, l).
+
+    With e from an exponential distribution for every code, p / e is greatest for a code with
+    probability p. torch.multinomial does the same, but waits for the GPU to check its input.
+    """
+    e = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / e).argmax(-1)
 
 
 def gumbel_mixture(logits, ratio, generator):
@@ -532,6 +542,51 @@ def cast_linear_weights(var, device, name=None):
         if isinstance(module, nn.Linear):
             module.to(dtype)
     return var.to(device)
+
+
+def compile_forward(modules, device):
+    """torch.compile of the forward passes of modules. UserError where there is no compiler."""
+    # Compilation waits for the first call: a small one shows whether there is a compiler.
+    with explain('--compile', RuntimeError, 'it needs a C++ compiler, on a GPU Triton'):
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    for module in modules:
+        module.forward = torch.compile(module.forward)
+
+
+def record_generate(var, vae, B, **options):
+    """VAR.generate with these options for B labels, recorded as a CUDA graph.
+
+    The K passes have fixed shapes, and nothing in them waits for the GPU. One launch can therefore
+    replace those of all kernels, which take longer than the kernels where B is small.
+    Returns a function: labels (B,), seed -> what generate returns. Its next call overwrites that.
+    """
+    # Autocast keeps converted copies of weights that need gradients, and frees them when its
+    # context ends. The graph would then read freed memory.
+    vae.requires_grad_(False)
+    var.requires_grad_(False)
+    device = var.pos_start.device
+    labels = torch.zeros(B, dtype=torch.int64, device=device)
+    generator = torch.Generator(device)
+
+    # The first calls compile, choose kernels and allocate workspaces, which cannot be recorded.
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            var.generate(vae, labels, seed=generator, **options)
+    torch.cuda.current_stream(device).wait_stream(side)
+
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        result = var.generate(vae, labels, seed=generator, **options)
+
+    def replay(new_labels, seed):
+        labels.copy_(new_labels)
+        generator.manual_seed(seed)
+        graph.replay()
+        return result
+    return replay
 
 
 # ---- The command line ----

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from judge import SIZE, draw_classes, train_classifier                      # noqa: E402
+from judge import draw_classes, train_classifier                            # noqa: E402
 from raster import Raster                                                   # noqa: E402
 from tokenizer import make_grid, save_image                                 # noqa: E402
 from train import (TokenizerStage, TransformerStage, grade_transformer,     # noqa: E402
@@ -145,7 +145,7 @@ def train_transformer(config, vae, stored, stored_val, model, num_classes, qk_no
 def main():
     args = parse()
     device = pick_device(args.device)
-    base = dict(data=args.data, size=SIZE, steps=args.steps, tokenizer_steps=args.tokenizer_steps,
+    base = dict(data=args.data, size=32, steps=args.steps, tokenizer_steps=args.tokenizer_steps,
                 device=device, workers=0)
     config = make_config(base, {})
     train, val, classes, _ = read_data(config)

@@ -17,6 +17,7 @@ import csv
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -31,15 +32,15 @@ import matplotlib.pyplot as plt                                             # no
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from raster import Raster                                                   # noqa: E402
 from tokenizer import VQVAE                                                 # noqa: E402
-from var import (VAR, Parser, cast_linear_weights, number, pick_device,     # noqa: E402
-                 precision, run)
+from var import (VAR, Parser, cast_linear_weights, compile_forward, number,  # noqa: E402
+                 pick_device, precision, record_generate, run)
 
 # The scales of the comparison, by n. The sides grow geometrically, as the appendix assumes.
 GRIDS = {8: (1, 2, 3, 4, 6, 8),
          16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
          24: (1, 2, 3, 4, 6, 8, 10, 13, 18, 24),
          32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96, seed=0)         # as the release samples
+SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)                 # as the release samples
 
 
 def seconds_of(work, device, repetitions=3):
@@ -129,21 +130,27 @@ def transformer_training(vae, d, B, device, peak, compiled):
     with FlopCounterMode(display=False) as counter:
         step()
     if compiled:
-        for block in var.blocks:                                # as train.py --compile does
-            block.forward = torch.compile(block.forward)
+        compile_forward(var.blocks, device)                     # as train.py --compile does
     seconds = seconds_of(step, device)
     return seconds / B, counter.get_total_flops() / seconds / peak
 
 
-def sampling(vae, d, B, device):
-    """Seconds for B images of 256 px: in total, and for the decoder alone."""
+def sampling(vae, d, B, device, compiled):
+    """Seconds for B images of 256 px: in total, and for the decoder alone. compiled: as by sample.py
+    --compile, but for the decoder."""
     var = cast_linear_weights(VAR(depth=d).eval(), device)
     labels = torch.arange(B) % var.num_classes
     f_hat = torch.randn(B, 32, 16, 16, device=device)
+    generate_images = partial(var.generate, vae, **SAMPLING)
+    if compiled:
+        compile_forward(var.blocks, device)
+        if device.type == 'cuda':
+            with precision(device):
+                generate_images = record_generate(var, vae, B, **SAMPLING)
 
     def generate():
         with precision(device):
-            var.generate(vae, labels, **SAMPLING)
+            generate_images(labels, seed=0)
 
     def decode():
         with precision(device), torch.no_grad():
@@ -163,7 +170,7 @@ def token_generation(kind, d, n, device):
 
     def generate():
         with precision(device):
-            var.generate(source, [0], **SAMPLING)
+            var.generate(source, [0], seed=0, **SAMPLING)
 
     repetitions = 1 if kind == 'raster' and n > 16 else 3       # it takes a pass per token
     return seconds_of(generate, device, repetitions)
@@ -199,7 +206,7 @@ def parse():
     add('--grids', type=int, nargs='+', choices=GRIDS, default=[*GRIDS],
         help='sides of the last token map in that comparison (default: all of these)')
     add('--ch', type=number(int, 32), default=160, help='width of the tokenizer (default: 160)')
-    add('--compile', action='store_true', help='training also with torch.compile')
+    add('--compile', action='store_true', help='training and sampling also with torch.compile, sampling on CUDA as one graph')
     add('--out', type=Path, default=Path('.'), help='folder of bench.csv and bench.png')
     add('--device', help='cuda, mps or cpu; default: the best there is')
     return parser.parse_args()
@@ -234,18 +241,20 @@ def main():
     report('tokenizer, batch 4', {'s per image to encode': encoding / 4,
                                   's per image to decode': decoding / 4})
 
+    compilations = (False, True) if args.compile else (False,)
     for d in args.depths:
-        for compiled in (False, True) if args.compile else (False,):
+        for compiled in compilations:
             seconds, share = transformer_training(vae, d, args.batch, device, peak, compiled)
-            title = f'training depth {d}, batch {args.batch}' + (', compiled' if compiled else '')
+            title = f'training depth {d}, batch {args.batch}' + ', compiled' * compiled
             report(title, {'s per image': seconds, 'images/s': 1 / seconds,
                            'of peak matmul throughput': share,
                            'GiB of memory at most so far': peak_memory(device)})
     for d in args.depths:
         for B in args.draw:
-            seconds, decoder = sampling(vae, d, B, device)
-            report(f'sampling depth {d}, batch {B}', {
-                's': seconds, 's of it in the decoder': decoder, 'images/s': B / seconds})
+            for compiled in compilations:
+                seconds, decoder = sampling(vae, d, B, device, compiled)
+                report(f'sampling depth {d}, batch {B}' + ', compiled' * compiled, {
+                    's': seconds, 's of it in the decoder': decoder, 'images/s': B / seconds})
 
     ours = tokenizer_training(args.ch, device, as_released=False)
     released = tokenizer_training(args.ch, device, as_released=True)

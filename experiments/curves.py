@@ -25,7 +25,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from judge import SIZE, draw_classes, train_classifier                      # noqa: E402
+from judge import draw_classes, train_classifier                            # noqa: E402
 from tokenizer import UserError                                             # noqa: E402
 from train import make_config, read_data                                    # noqa: E402
 from var import Parser, load, number, pick_device, read_checkpoint, run     # noqa: E402
@@ -52,7 +52,7 @@ def train_and_copy(args):
     args.out.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).resolve().parent.parent / 'train.py'
     ckpt, start_file = args.out / 'ckpt.pt', args.out / 'start'
-    command = [sys.executable, str(script), '--data', args.data, '--size', str(SIZE),
+    command = [sys.executable, str(script), '--data', args.data, '--size', '32',
                '--out', str(args.out)]
     if args.device:
         command += ['--device', args.device]

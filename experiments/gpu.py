@@ -108,7 +108,7 @@ def main():
     parts = {
         'synchronisation': (60, [['experiments/gpu.py', '--synchronisation', *where]]),
         'tests': (120, [['-m', 'pytest', '-q', 'test_var.py']]),
-        'bench': (150, [['experiments/bench.py', *bench, '--out', out, *where]]),
+        'bench': (210, [['experiments/bench.py', *bench, '--out', out, *where]]),
         'shapes': (90, [['train.py', '--out', out / 'shapes', *few, *where],
                         ['experiments/judge.py', '--ckpt', out / 'shapes' / 'ckpt.pt', *where]]),
         'cifar10': (600, [['train.py', '--data', args.data, *cifar, '--out', out / 'cifar10',

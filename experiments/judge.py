@@ -1,7 +1,8 @@
-"""Grades the samples of a checkpoint by a small classifier of 32 px images.
+"""Grades the samples of a checkpoint by a small classifier.
 
     python train.py && python experiments/judge.py                  # the built-in shapes
     python experiments/judge.py --ckpt ckpt.pt --data cifar10
+    python experiments/judge.py --ckpt ckpt.pt --data ./imagenette144 --steps 1500
 
 Paper: the metrics of Section 5.1 and Table 1, at a size where FID and IS say little. The classifier
 is trained on the training images, which takes minutes on a CPU, and tested on the validation
@@ -9,9 +10,9 @@ images. Then 50 samples per class are drawn with the checkpoint's own guidance a
 has seed c). Prints the share of the samples that is classified correctly, as the class that was
 asked for, and the Frechet distance of their features from those of the validation images. Such a
 distance is comparable only with others of the same classifier and of the same number of samples.
-Writes no files.
+It takes images of 32 or 64 px. Writes no files.
 
-Letters: N images of a set, B of a batch, n samples per class, C classes.
+Letters: N images of a set, B of a batch, H their side, n samples per class, C classes.
 """
 import argparse
 import sys
@@ -27,23 +28,22 @@ from tokenizer import UserError, to_tensor, to_uint8                        # no
 from train import make_config, read_data                                    # noqa: E402
 from var import Parser, load, number, pick_device, precision, run           # noqa: E402
 
-SIZE = 32       # side of the images that the classifier takes
+WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, 32, 32) in [-1, 1] -> features (B, 128) and logits (B, C)."""
+    """Images (B, 3, H, H) in [-1, 1] -> features (B, 128) and logits (B, C). size: H, 32 or 64."""
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, size=32):
         super().__init__()
         layers, c = [], 3
-        for width in (32, 64, 128):
+        for width in WIDTHS[size]:                              # down to 4 x 4
             layers.append(nn.Conv2d(c, width, 3, padding=1))
             layers.append(nn.BatchNorm2d(width))
             layers.append(nn.ReLU())
             layers.append(nn.MaxPool2d(2))
             c = width
-        inputs = c * (SIZE // 8) ** 2
-        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(inputs, 128), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(c * 4 * 4, 128), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(128, num_classes)
 
@@ -51,18 +51,21 @@ class Classifier(nn.Module):
         features = self.features(x)                                         # (B, 128)
         return features, self.head(features)                                # (B, C)
 
-    def fit(self, images, labels, steps, batch=128):
-        """Trains on uint8 images (N, 32, 32, 3) and labels (N,), both on the model's device."""
+    def fit(self, images, labels, steps, mirror=False, batch=128):
+        """Trains on uint8 images (N, H, H, 3) and labels (N,), both on the model's device. mirror:
+        every second batch is mirrored, for samples of a model that was trained with --flip."""
         device = images.device
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
         self.train()
-        for _ in range(steps):
+        for step in range(steps):
             i = torch.randint(len(images), (batch,), device=device)
-            x = to_tensor(images[i])                                        # (B, 3, 32, 32)
+            x = to_tensor(images[i])                                        # (B, 3, H, H)
+            if mirror and step % 2:
+                x = x.flip(3)
             # Half of the images are blurred, and all get noise, so that a sample is not rejected
             # for being slightly soft.
-            small = F.avg_pool2d(x, 2)                                      # (B, 3, 16, 16)
-            blurred = F.interpolate(small, scale_factor=2, mode='bilinear')  # (B, 3, 32, 32)
+            small = F.avg_pool2d(x, 2)                                      # (B, 3, H/2, H/2)
+            blurred = F.interpolate(small, scale_factor=2, mode='bilinear')  # (B, 3, H, H)
             is_blurred = torch.rand(batch, 1, 1, 1, device=device) < 0.5
             x = torch.where(is_blurred, blurred, x)
             _, logits = self(x + 0.1 * torch.randn_like(x))                 # (B, C)
@@ -74,7 +77,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def classify(self, images):
-        """uint8 images (N, 32, 32, 3), an array or a tensor -> features (N, 128), logits (N, C),
+        """uint8 images (N, H, H, 3), an array or a tensor -> features (N, 128), logits (N, C),
         both on the CPU."""
         device = self.head.weight.device
         features, logits = [], []
@@ -85,7 +88,7 @@ class Classifier(nn.Module):
         return torch.cat(features), torch.cat(logits)
 
     def grade(self, samples, real):
-        """Grades samples, uint8 (C, n, 32, 32, 3). real: features of validation images (N, 128).
+        """Grades samples, uint8 (C, n, H, H, 3). real: features of validation images (N, 128).
 
         Returns the share of each class that is classified correctly, (C,), and the Frechet distance
         of all samples.
@@ -110,14 +113,15 @@ def frechet_distance(a, b):
     return distance.item()
 
 
-def train_classifier(train, val, classes, steps, device, n=5000):
-    """A classifier trained on one ImageSet, and its features (n, 128) of n images of another."""
-    if train.size != SIZE:
-        raise UserError(f'the classifier is made for images of {SIZE} px, not of {train.size} px')
+def train_classifier(train, val, classes, steps, device, n=5000, mirror=False):
+    """A classifier trained on one ImageSet, and its features (n, 128) of n images of another.
+    UserError for images of another size than 32 or 64 px."""
+    if train.size not in WIDTHS:
+        raise UserError(f'the classifier takes images of 32 or 64 px, not of {train.size} px')
     torch.manual_seed(0)                                # the same classifier in every run
-    classifier = Classifier(len(classes)).to(device)
+    classifier = Classifier(len(classes), train.size).to(device)
     images, labels = train.some(len(train))
-    classifier.fit(images.to(device), labels.to(device), steps)
+    classifier.fit(images.to(device), labels.to(device), steps, mirror)
     images, labels = val.some(n)
     features, logits = classifier.classify(images)
     correct = (logits.argmax(1) == labels).float().mean()
@@ -159,7 +163,8 @@ def main():
     train, val, classes, _ = read_data(config)
     if ckpt.get('classes', classes) != classes or var.num_classes != len(classes):
         raise UserError(f'--data {args.data} has other classes than {args.ckpt}')
-    classifier, real = train_classifier(train, val, classes, args.steps, device)
+    mirror = ckpt.get('config', {}).get('flip', False)
+    classifier, real = train_classifier(train, val, classes, args.steps, device, mirror=mirror)
     samples = draw_classes(vae.to(device), var.to(device), args.n, device, ckpt['sampling'])
     shares, distance = classifier.grade(samples, real)
     for name, share in zip(classes, shares.tolist()):
