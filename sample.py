@@ -144,7 +144,7 @@ def main():
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var = vae.to(device), cast_linear_weights(var, device, args.precision)
     if args.compile:
-        compile_forward([vae.decoder, *var.blocks], device)
+        compile_forward([*vae.decoder.up, *var.blocks], device)
     args.batch = args.batch or batch_size(vae.image_size)
     options = dict(ckpt['sampling'], smooth=args.smooth)
     for name in ('cfg', 'top_k', 'top_p'):

@@ -1225,7 +1225,8 @@ def make_var(config, vae, num_classes, resumed):
 def speed_up(vae, var, config):
     """--compile, and --checkpointing of the transformer's blocks."""
     if config.compile:
-        compile_forward([vae.encoder, vae.decoder, *var.blocks], config.device)
+        # The decoder's last layer stays as it is: AdversarialLoss asks for its gradients twice.
+        compile_forward([*vae.encoder.down, *vae.decoder.up, *var.blocks], config.device)
     if config.checkpointing:
         for block in var.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -382,7 +382,7 @@ def kept_tokens(keep, p):
     for the whole image.
     """
     if p == 1:
-        return torch.ones(1, dtype=torch.bool)
+        return torch.ones(1, dtype=torch.bool, device=keep.device)
     small = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear')
     return small.flatten() > 0.5
 
@@ -546,6 +546,9 @@ def cast_linear_weights(var, device, name=None):
 
 def compile_forward(modules, device):
     """torch.compile of the forward passes of modules. UserError where there is no compiler."""
+    # Modules of one class share this limit. A block has a graph for scale 1, one for the other
+    # scales, and others in training and in evaluation; beyond the limit it would not be compiled.
+    torch._dynamo.config.cache_size_limit = 64
     # Compilation waits for the first call: a small one shows whether there is a compiler.
     with explain('--compile', RuntimeError, 'it needs a C++ compiler, on a GPU Triton'):
         torch.compile(torch.sin)(torch.zeros(1, device=device))
@@ -559,6 +562,7 @@ def record_generate(var, vae, B, **options):
     The K passes have fixed shapes, and nothing in them waits for the GPU. One launch can therefore
     replace those of all kernels, which take longer than the kernels where B is small.
     Returns a function: labels (B,), seed -> what generate returns. Its next call overwrites that.
+    Both models have to live as long as it does; their weights need no gradients from now on.
     """
     # Autocast keeps converted copies of weights that need gradients, and frees them when its
     # context ends. The graph would then read freed memory.

@@ -206,7 +206,8 @@ def parse():
     add('--grids', type=int, nargs='+', choices=GRIDS, default=[*GRIDS],
         help='sides of the last token map in that comparison (default: all of these)')
     add('--ch', type=number(int, 32), default=160, help='width of the tokenizer (default: 160)')
-    add('--compile', action='store_true', help='training and sampling also with torch.compile, sampling on CUDA as one graph')
+    add('--compile', action='store_true',
+        help='training and sampling also with torch.compile, sampling on CUDA as one graph')
     add('--out', type=Path, default=Path('.'), help='folder of bench.csv and bench.png')
     add('--device', help='cuda, mps or cpu; default: the best there is')
     return parser.parse_args()
