@@ -144,9 +144,11 @@ LARGE = dict(
     SMALL, depth=8, tokenizer_steps=8000, tokenizer_batch=256, tokenizer_micro_batch=256,
     steps=8000, batch=256, micro_batch=256, network=dict(SMALL['network'], ch=64))
 # At 64 px an eighth of the side, as 1,2,3,4,6,8, loses too much: after 400 steps of stage 1 on
-# Imagenette it ends at 20.1 dB, a quarter of the side at 23.0 dB.
+# Imagenette it ends at 20.1 dB, a quarter of the side at 23.0 dB. Of 250 samples, 81 % are
+# classified correctly with cfg 4 and 83 % with 8, but their Frechet distance is 49 and 89.
 MIDDLE = dict(
-    SMALL, size=64, patch_nums=(1, 2, 4, 8, 16), flip=True, tokenizer_steps=2200, steps=4700)
+    SMALL, size=64, patch_nums=(1, 2, 4, 8, 16), flip=True, tokenizer_steps=2200, steps=4700,
+    sampling=dict(cfg=4., top_k=100, top_p=1.))
 PRESETS = {
     'shapes': SHAPES_PRESET,
     '32': SMALL,
