@@ -47,7 +47,7 @@ def parse():
     add('--device', help='cuda, mps or cpu; default: the best there is')
     add('--precision', choices=PRECISIONS, help='default: the best that the device has')
     add('--compile', action='store_true',
-        help='torch.compile, and on CUDA a graph per batch: for many images')
+        help='torch.compile, on CUDA also a graph: for many images; other rounding')
     return parser.parse_args()
 
 

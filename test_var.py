@@ -1087,7 +1087,8 @@ def test_two_processes_train_as_one_does(trained, tmp_path):
     assert [row[:2] + row[3:4] for row in one] == [row[:2] + row[3:4] for row in two] and len(one) > 25
     for a, b in zip(one[1:], two[1:]):
         # Rates differ, and these figures are of one process's part of the batch.
-        own = ('train images/s', 'train PSNR', 'train quantizer', 'train accuracy')
+        own = ('train images/s', 'train tokens/s', 'train PSNR', 'train quantizer',
+               'train accuracy')
         if a[3] not in own:
             assert float(a[4]) == pytest.approx(float(b[4]), rel=1e-3, abs=1e-4), (a, b)
 

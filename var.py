@@ -553,7 +553,11 @@ def compile_forward(modules, device):
     with explain('--compile', RuntimeError, 'it needs a C++ compiler, on a GPU Triton'):
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     for module in modules:
-        module.forward = torch.compile(module.forward)
+        # The tokenizer gets a graph for each shape, because torch 2.13 cannot compile its
+        # convolutions, whose tensors are channels_last, for sizes that vary. A block gets one for
+        # all scales.
+        dynamic = None if isinstance(module, Block) else False
+        module.forward = torch.compile(module.forward, dynamic=dynamic)
 
 
 def record_generate(var, vae, B, **options):

@@ -136,8 +136,8 @@ def transformer_training(vae, d, B, device, peak, compiled):
 
 
 def sampling(vae, d, B, device, compiled):
-    """Seconds for B images of 256 px: in total, and for the decoder alone. compiled: as by sample.py
-    --compile, but for the decoder."""
+    """Seconds for B images of 256 px: in total, and for the decoder alone. compiled: the transformer
+    as by sample.py --compile."""
     var = cast_linear_weights(VAR(depth=d).eval(), device)
     labels = torch.arange(B) % var.num_classes
     f_hat = torch.randn(B, 32, 16, 16, device=device)
