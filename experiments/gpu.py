@@ -99,7 +99,7 @@ def main():
     few, cifar = [], ['--preset', '32-gpu']
     if args.tiny:
         bench = ['--depths', 1, '--batch', 1, '--draw', 1, '--baseline-depth', 1, '--grids', 8, 16,
-                 '--ch', 32]
+                 '--ch', 32, '--compile']
         few = ['--tokenizer-steps', 8, '--steps', 8]
         cifar = ['--preset', '32', '--tokenizer-steps', 8, '--steps', 8, '--limit', 20]
     ckpt, resumed = out / 'cifar10' / 'ckpt.pt', []
