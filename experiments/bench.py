@@ -136,8 +136,8 @@ def transformer_training(vae, d, B, device, peak, compiled):
 
 
 def sampling(vae, d, B, device, compiled):
-    """Seconds for B images of 256 px: in total, and for the decoder alone. compiled: the transformer
-    as by sample.py --compile."""
+    """Seconds for B images of 256 px: in total, and for the decoder alone. compiled: with the
+    transformer as sample.py --compile makes it."""
     var = cast_linear_weights(VAR(depth=d).eval(), device)
     labels = torch.arange(B) % var.num_classes
     f_hat = torch.randn(B, 32, 16, 16, device=device)
@@ -242,19 +242,21 @@ def main():
     report('tokenizer, batch 4', {'s per image to encode': encoding / 4,
                                   's per image to decode': decoding / 4})
 
-    compilations = (False, True) if args.compile else (False,)
+    variants = {'': False}                                      # in titles: whether it is compiled
+    if args.compile:
+        variants[', compiled'] = True
     for d in args.depths:
-        for compiled in compilations:
+        for suffix, compiled in variants.items():
             seconds, share = transformer_training(vae, d, args.batch, device, peak, compiled)
-            title = f'training depth {d}, batch {args.batch}' + ', compiled' * compiled
-            report(title, {'s per image': seconds, 'images/s': 1 / seconds,
-                           'of peak matmul throughput': share,
-                           'GiB of memory at most so far': peak_memory(device)})
+            report(f'training depth {d}, batch {args.batch}{suffix}', {
+                's per image': seconds, 'images/s': 1 / seconds,
+                'of peak matmul throughput': share,
+                'GiB of memory at most so far': peak_memory(device)})
     for d in args.depths:
         for B in args.draw:
-            for compiled in compilations:
+            for suffix, compiled in variants.items():
                 seconds, decoder = sampling(vae, d, B, device, compiled)
-                report(f'sampling depth {d}, batch {B}' + ', compiled' * compiled, {
+                report(f'sampling depth {d}, batch {B}{suffix}', {
                     's': seconds, 's of it in the decoder': decoder, 'images/s': B / seconds})
 
     ours = tokenizer_training(args.ch, device, as_released=False)

@@ -19,11 +19,10 @@ import torch
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import classes_of, load_both                               # noqa: E402
+from sample import classes_of, load_both                                    # noqa: E402
 from tokenizer import (UserError, batch_size, crop, make_grid, open_image,  # noqa: E402
                        save_image, to_tensor, to_uint8)
-from var import (Parser, cast_linear_weights, number, pick_device, precision,     # noqa: E402
-                 run)
+from var import Parser, cast_linear_weights, number, pick_device, precision, run  # noqa: E402
 
 
 def parse_box(text):

@@ -29,9 +29,10 @@ import matplotlib.pyplot as plt                                             # no
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import var as var_module                                                    # noqa: E402
+from sample import load_both                                                # noqa: E402
 from tokenizer import UserError, make_grid, save_image, to_tensor           # noqa: E402
 from train import make_config, read_data                                    # noqa: E402
-from var import Parser, load, number, pick_device, run, scale_of_token      # noqa: E402
+from var import Parser, number, pick_device, run, scale_of_token            # noqa: E402
 
 
 def draw_grid(runs, path):
@@ -150,9 +151,7 @@ def main():
     args = parse()
     device = pick_device(args.device)
     draw_grid(args.runs, args.out / 'grid.png')
-    vae, var, _ = load(args.ckpt)
-    if var is None:
-        raise UserError(f'{args.ckpt} has a tokenizer only: continue with train.py --resume')
+    vae, var, _ = load_both(args.ckpt)
     vae, var = vae.to(device), var.to(device)
     config = make_config({'data': args.data, 'size': vae.image_size}, {})
     _, val, classes, _ = read_data(config)

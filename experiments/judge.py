@@ -2,7 +2,7 @@
 
     python train.py && python experiments/judge.py                  # the built-in shapes
     python experiments/judge.py --ckpt ckpt.pt --data cifar10
-    python experiments/judge.py --ckpt ckpt.pt --data ./imagenette144 --steps 1500
+    python experiments/judge.py --ckpt ckpt.pt --data ./imagenette144 --steps 700
 
 Paper: the metrics of Section 5.1 and Table 1, at a size where FID and IS say little. The classifier
 is trained on the training images, which takes minutes on a CPU, and tested on the validation
@@ -24,9 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import load_both                                                # noqa: E402
 from tokenizer import UserError, to_tensor, to_uint8                        # noqa: E402
 from train import make_config, read_data                                    # noqa: E402
-from var import Parser, load, number, pick_device, precision, run           # noqa: E402
+from var import Parser, number, pick_device, precision, run                 # noqa: E402
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -156,9 +157,7 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    vae, var, ckpt = load(args.ckpt)
-    if var is None:
-        raise UserError(f'{args.ckpt} has a tokenizer only: continue with train.py --resume')
+    vae, var, ckpt = load_both(args.ckpt)
     config = make_config({'data': args.data, 'size': vae.image_size}, {})
     train, val, classes, _ = read_data(config)
     if ckpt.get('classes', classes) != classes or var.num_classes != len(classes):
