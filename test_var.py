@@ -817,17 +817,108 @@ def test_vgg16_is_a_distance():
     assert vgg(a, a) == 0 and vgg(a, b) > 0
 
 
+def test_the_classifier_learns_and_stage_1_leaves_it_alone(tmp_path):
+    """Thirty steps tell black from white. L_P is a distance, and a step of stage 1 does not move it."""
+    stage = small_stage('classifier', tmp_path, classifier_steps=30)
+    stage.batch = stage.micro_batch = 16
+    stage.train_set.labels %= 2
+    stage.train_set.items[stage.train_set.labels == 1] = 255
+    assert stage.eval().evaluate()['accuracy'] < 0.9
+    optimizers, scaler = train.make_optimizers(stage.train()), train.make_scaler(stage.config)
+    for stage.step, batch in enumerate(stage.batches(0)):
+        assert (batch[0].flatten(1).float().mean(1) > 127).tolist() == (batch[1] == 1).tolist()
+        train.train_step(stage, optimizers, scaler, batch)
+    assert stage.eval().evaluate()['accuracy'] > 0.9
+    classifier = stage.classifier
+    a, b = (x.requires_grad_() for x in torch.rand(2, 1, 3, 32, 32))
+    assert classifier(a, a) == 0 and classifier(a, b) > 0
+    classifier(a, b).backward()
+    assert a.grad.abs().sum() > 0 and b.grad is None
+
+    tokenizer = small_stage('tokenizer', tmp_path)
+    tokenizer.perceptual = classifier.requires_grad_(False)
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    optimizers = train.make_optimizers(tokenizer.train())
+    train.train_step(tokenizer, optimizers, scaler, [batch[0]])
+    for k, v in classifier.state_dict().items():
+        assert torch.equal(v, before[k]), k
+
+
+def test_muon_has_the_matrices_of_the_blocks_alone(tmp_path):
+    """The singular values of its steps are nearly equal, and AdamW's are not."""
+    stage = small_stage('transformer', tmp_path, batch=16, micro_batch=16)
+    for name, p in stage.var.named_parameters():
+        if 'ada_lin' in name:                       # its zeros would keep the blocks' gradients at 0
+            torch.nn.init.normal_(p, std=0.5)
+    before = {name: p.detach().clone() for name, p in stage.var.named_parameters()}
+    optimizers, scaler = train.make_optimizers(stage), train.make_scaler(stage.config)
+    assert len(optimizers) == 2
+    stage.step = stage.steps // 25                  # after the warm-up, at the peak
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(90, (16, len(stage.var.mask)), generator=rng)
+    train.train_step(stage, optimizers, scaler, [tokens, torch.arange(16) % 4])
+    level = set()
+    for name, p in stage.var.named_parameters():
+        if p.ndim == 2 and p.grad is not None and min(p.shape) > 16:
+            values = torch.linalg.svdvals(before[name] - p.detach())
+            if values[0] < 2 * values[16]:
+                level.add(name.removeprefix('blocks.0.'))
+    assert level == {'attn.mat_qkv.weight', 'attn.proj.weight', 'ffn.fc1.weight', 'ffn.fc2.weight'}
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='since torch 2.9')
+def test_muon_is_that_of_torch():
+    rng = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((8, 24), (24, 8))]
+                    for _ in range(2))
+    optimizers = [train.Muon(ours, 0.02, torch.bfloat16),
+                  torch.optim.Muon(theirs, 0.02, weight_decay=0.01, momentum=0.95)]
+    scalers = [torch.amp.GradScaler('cpu', init_scale=1.) for _ in range(2)]
+    for step in range(4):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=rng)
+            if step == 2:
+                p.grad[0, 0] = math.inf             # left out by both
+            q.grad = p.grad.clone()
+        for optimizer, scaler in zip(optimizers, scalers):
+            scaler.scale(torch.ones(()))
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_no_gradient_that_is_not_finite_reaches_muon(tmp_path):
+    stage = small_stage('transformer', tmp_path, batch=16, micro_batch=16)
+    optimizers, scaler = train.make_optimizers(stage), train.make_scaler(stage.config)
+    batch = [torch.zeros(16, len(stage.var.mask), dtype=torch.int64), torch.arange(16) % 4]
+    before = stage.var.blocks[0].ffn.fc1.weight.detach().clone()
+    hook = stage.var.blocks[0].attn.proj.weight.register_hook(lambda gradient: gradient * math.nan)
+    assert train.train_step(stage, optimizers, scaler, batch)['gradient norm'].isnan()
+    hook.remove()
+    assert torch.equal(stage.var.blocks[0].ffn.fc1.weight, before)
+    figures = train.train_step(stage, optimizers, scaler, batch)
+    assert figures['gradient norm'].isfinite()
+    assert all(p.isfinite().all() for p in stage.parameters())
+
+
 def small_stage(name, tmp_path, **options):
     """A stage on 16 random images with a tiny network, in float32 and without dropout."""
-    given = dict(data='cifar10', out=tmp_path, workers=0, precision='float32', **options)
+    given = dict(data='cifar10', out=tmp_path, workers=0, precision='float32',
+                 patch_nums=(1, 2, 3, 4, 6, 8), **options)
     config = train.make_config(given, {})
     config.device = CPU
     torch.manual_seed(0)
+    classifier = train.Classifier(4, ch=8)
     vae = VQVAE(config.patch_nums, **config.network)
     vae.scale_dropout = 0.
     images = train.ImageSet(np.zeros((16, 32, 32, 3), np.uint8), np.arange(16) % 4, 32)
+    if name == 'classifier':
+        return train.ClassifierStage(config, classifier, images, images).train()
     if name == 'tokenizer':
-        return train.TokenizerStage(config, vae, images, images).train()
+        classifier.requires_grad_(False)
+        return train.TokenizerStage(config, vae, images, images, classifier).train()
     vae.requires_grad_(False)
     var = VAR(config.patch_nums, 1, 4, *vae.quantize.embedding.weight.shape)
     var.label_dropout = 0.
@@ -846,10 +937,10 @@ def test_micro_batches_add_up_to_the_batch(name, tmp_path):
         options = {'tokenizer_batch': 8, 'tokenizer_micro_batch': size} if name == 'tokenizer' else {
             'batch': 8, 'micro_batch': size}
         stage = small_stage(name, tmp_path, adversarial=0.5, tokenizer_steps=40, **options)
-        stage.lr = 0.                           # AdamW's first steps would enlarge rounding errors
-        optimizer, scaler = train.make_optimizer(stage), train.make_scaler(stage.config)
+        optimizers, scaler = train.make_optimizers(stage), train.make_scaler(stage.config)
+        stage.lr = stage.muon_lr = 0.           # AdamW's first steps would enlarge rounding errors
         for stage.step in (31, 32):             # the second one has the adversarial weight
-            train.train_step(stage, optimizer, scaler, batch)
+            train.train_step(stage, optimizers, scaler, batch)
         weight = stage.adversarial.weight if name == 'tokenizer' else torch.ones(())
         assert weight > 0
         found.append({**{n: p.grad for n, p in stage.named_parameters() if p.grad is not None},
@@ -859,7 +950,7 @@ def test_micro_batches_add_up_to_the_batch(name, tmp_path):
             torch.testing.assert_close(other[n], gradient, rtol=1e-4, atol=1e-5, msg=n)
 
 
-@pytest.mark.parametrize('name', ['tokenizer', 'transformer'])
+@pytest.mark.parametrize('name', ['classifier', 'tokenizer', 'transformer'])
 def test_a_step_never_waits_for_the_device(name, tmp_path):
     """On fake tensors, whose values cannot be read: a step that reads one, as .item(), a boolean
     index or nonzero() do, would wait for a GPU, and fails here."""
@@ -873,11 +964,13 @@ def test_a_step_never_waits_for_the_device(name, tmp_path):
                         parameter = isinstance(p, torch.nn.Parameter)
                         tensors[n] = torch.nn.Parameter(fake, p.requires_grad) if parameter else fake
         batch = [torch.empty(16, 32, 32, 3, dtype=torch.uint8)]
+        if name == 'classifier':
+            batch.append(torch.zeros(16, dtype=torch.int64))
         if name == 'transformer':
             batch = [torch.zeros(16, 130, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)]
-        optimizer, scaler = train.make_optimizer(stage), train.make_scaler(stage.config)
+        optimizers, scaler = train.make_optimizers(stage), train.make_scaler(stage.config)
         for stage.step in range(4):             # without and with quantization and discriminator
-            figures = train.train_step(stage, optimizer, scaler, batch)
+            figures = train.train_step(stage, optimizers, scaler, batch)
         with pytest.raises(Exception, match='item|data-dependent|DataDependent|_local_scalar'):
             figures['loss'].item()
         if name == 'transformer':
@@ -887,20 +980,20 @@ def test_a_step_never_waits_for_the_device(name, tmp_path):
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     stage = small_stage('tokenizer', tmp_path, tokenizer_steps=40)
-    optimizer, scaler = train.make_optimizer(stage), train.make_scaler(stage.config)
+    optimizers, scaler = train.make_optimizers(stage), train.make_scaler(stage.config)
     images, stage.step = torch.zeros(16, 32, 32, 3, dtype=torch.uint8), 20
-    train.train_step(stage, optimizer, scaler, [images])
+    train.train_step(stage, optimizers, scaler, [images])
     before = {k: v.clone() for k, v in stage.state_dict().items()}
     with torch.no_grad():
         stage.vae.decoder.conv_out.bias[0] = math.nan
-    train.train_step(stage, optimizer, scaler, [images])
+    train.train_step(stage, optimizers, scaler, [images])
     before['vae.decoder.conv_out.bias'][0] = math.nan
     for k, v in stage.state_dict().items():
         if 'quantize' not in k:                                 # the encoder's vectors were finite
             torch.testing.assert_close(v, before[k], rtol=0, atol=0, equal_nan=True, msg=k)
 
 
-@pytest.mark.parametrize('name', ['tokenizer', 'transformer'])
+@pytest.mark.parametrize('name', ['classifier', 'tokenizer', 'transformer'])
 def test_no_tensor_is_left_on_the_cpu(name, tmp_path, monkeypatch):
     """A step and a generation on the meta device, which like a GPU does not mix with the CPU."""
     monkeypatch.setattr(torch, 'autocast', lambda *args, **options: contextlib.nullcontext())
@@ -913,14 +1006,18 @@ def test_no_tensor_is_left_on_the_cpu(name, tmp_path, monkeypatch):
 
     for module in stage.modules():
         module.register_forward_pre_hook(on_meta)
-    optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad])
+    optimizers = [torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad])]
     scaler = torch.amp.GradScaler('cpu', enabled=False)         # neither knows the meta device
     batch = [torch.zeros(16, 32, 32, 3, dtype=torch.uint8)]
+    if name == 'classifier':
+        batch.append(torch.zeros(16, dtype=torch.int64))
     if name == 'transformer':
         batch = [torch.zeros(16, 130, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)]
     for stage.step in range(4):
-        figures = train.train_step(stage, optimizer, scaler, batch)
+        figures = train.train_step(stage, optimizers, scaler, batch)
     assert figures['loss'].device.type == 'meta'
+    if name == 'classifier':
+        return
     images = torch.zeros(2, 3, 32, 32, device='meta')
     if name == 'transformer':
         images = stage.var.eval().generate(stage.vae, [0, 1], smooth=True)
@@ -933,7 +1030,7 @@ def test_no_tensor_is_left_on_the_cpu(name, tmp_path, monkeypatch):
 NETWORK = dict(ch=8, ch_mult=(1, 2, 4), vocab_size=99, z_channels=8, res_blocks=1, normalise=False)
 train.PRESETS['32']['network'] = NETWORK
 TINY = ('--size', 32, '--depth', 1, '--tokenizer-batch', 4, '--batch', 4, '--tokenizer-steps', 3,
-        '--steps', 3, '--workers', 0)
+        '--steps', 3, '--classifier-steps', 2, '--workers', 0)
 
 
 def command(module, *words, monkeypatch, folder):
@@ -959,21 +1056,22 @@ def trained(tmp_path_factory):
 def test_train_and_sample(trained, monkeypatch):
     assert {'ckpt.pt', 'model.pt', 'log.csv', 'samples.png', 'reconstructions.png'} <= {*os.listdir(trained)}
     ckpt = torch.load(trained / 'model.pt', weights_only=True)
-    assert ckpt['classes'] == ['cat', 'dog'] and ckpt['config']['depth'] == 1 and 'optimizer' not in ckpt
+    assert ckpt['classes'] == ['cat', 'dog'] and ckpt['config']['depth'] == 1
+    assert not {'optimizers', 'classifier', 'adversarial'} & {*ckpt}
     rows = [line.split(',') for line in (trained / 'log.csv').read_text().splitlines()]
     assert rows[0] == ['stage', 'step', 'time', 'name', 'value']
-    assert {'PSNR', 'codebook usage', 'loss', 'loss last', 'error 6', 'train loss', 'train images/s',
+    assert {'PSNR', 'codebook usage', 'loss', 'loss last', 'error 4', 'train loss', 'train images/s',
             'train gradient norm', 'train learning rate'} <= {row[3] for row in rows}
     go = partial(command, sample, monkeypatch=monkeypatch, folder=trained)
     assert go('--cls', 'all', '--n', 3, '--out', 'a.png', '--scales', 'grow.gif') == 0
     assert Image.open(trained / 'a.png').size == (34 * 3 - 2, 34 * 2 - 2)
-    assert Image.open(trained / 'grow.gif').n_frames == 6
+    assert Image.open(trained / 'grow.gif').n_frames == 4
     assert go('--cls', 'dog', '--n', 2, '--out', 'b.png', '--scales', 'grow.png', '--smooth',
               '--top-k', 99999, '--ckpt', 'model.pt') == 2
     assert go('--cls', 'dog', '--n', 2, '--out', 'b.png', '--scales', 'grow.png', '--top-k', 99999,
               '--ckpt', 'model.pt') == 0
     assert go('--cls', 'dog', '--n', 2, '--out', 'c.png', '--smooth') == 0
-    assert Image.open(trained / 'grow.png').size == (34 * 6 - 2, 34 * 2 - 2)
+    assert Image.open(trained / 'grow.png').size == (34 * 4 - 2, 34 * 2 - 2)
     for name in ('d.png', 'e.png'):
         assert go('--cls', 1, '--n', 1, '--out', name) == 0
     assert (trained / 'd.png').read_bytes() == (trained / 'e.png').read_bytes()
@@ -1029,7 +1127,7 @@ def test_evaluate(trained, monkeypatch, capsys, tmp_path):
     val = np.stack(val)
     psnr = np.mean([-10 * np.log10(((a / 255. - b / 255.) ** 2).mean()) for a, b in zip(val, rebuilt)])
     assert float(said.split('PSNR ')[1].split()[0]) == pytest.approx(psnr, abs=0.1)
-    assert 'loss last' in said and 'error 6' in said
+    assert 'loss last' in said and 'error 4' in said
     vae, _, _ = load(trained / 'ckpt.pt')
     bits = 0
     with torch.no_grad():
@@ -1077,8 +1175,8 @@ def test_two_processes_draw_what_one_draws(trained, tmp_path):
 
 
 def test_two_processes_train_as_one_does(trained, tmp_path):
-    """Without dropout, which each process draws for itself."""
-    words = '--data', trained / 'images', *TINY, '--flip', '--micro-batch', 1
+    """Without dropout and classifier, which each process has for itself."""
+    words = '--data', trained / 'images', *TINY, '--flip', '--micro-batch', 1, '--perceptual', 0
     still = 'var.VAR.label_dropout = tokenizer.VQVAE.scale_dropout = 0.'
     runs = [launch(tmp_path, n, 'train', *words, '--out', n, extra=still) for n in (1, 2)]
     assert [run_.wait() for run_ in runs] == [0, 0]
@@ -1113,7 +1211,15 @@ def test_a_killed_run_ends_with_the_same_bits(trained, tmp_path):
     assert same_weights(tmp_path / 'whole' / 'ckpt.pt', tmp_path / 'killed' / 'ckpt.pt')
 
 
-@pytest.mark.parametrize('stop_at, times', [(2, 1), (5, 2)])
+def test_one_class_needs_no_classifier(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / 'images', 6, ('cat',))
+    words = '--data', 'images', *TINY, '--steps', 0
+    assert command(train, *words, monkeypatch=monkeypatch, folder=tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert 'without L_P' in printed and 'classifier 0/2' not in printed
+
+
+@pytest.mark.parametrize('stop_at, times', [(1, 1), (2, 1), (4, 1), (5, 1), (7, 2)])
 def test_a_stopped_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch, stop_at, times):
     """Ctrl-C ends the run after its step, with a checkpoint; a second one ends it at once."""
     calls, step = [], train.train_step
@@ -1130,13 +1236,30 @@ def test_a_stopped_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch, s
     go = partial(command, train, '--out', tmp_path, '--workers', 0, monkeypatch=monkeypatch, folder=trained)
     assert go('--data', 'images', *TINY, '--flip') == 130
     assert go('--resume') == 0
-    assert len(calls) == 6 + (times == 2)           # no step was made twice, but for the one cut off
+    assert len(calls) == 8 + (times == 2)           # no step was made twice, but for the one cut off
     assert same_weights(trained / 'ckpt.pt', tmp_path / 'ckpt.pt')
     rows = (tmp_path / 'log.csv').read_text().splitlines()
     assert sum(row.startswith('stage,') for row in rows) == 1
     assert go('--data', 'images', *TINY) == 0       # a new run moves the old one aside
     assert same_weights(trained / 'ckpt.pt', tmp_path / 'ckpt.previous.pt')
     assert (tmp_path / 'log.previous.csv').read_text().splitlines() == rows
+
+
+def test_a_resumed_run_still_starts_from_init(trained, tmp_path, monkeypatch):
+    """Stopped before stage 2 begins, it takes the transformer of --init once more."""
+    step = train.train_step
+
+    def interrupted(*args):
+        monkeypatch.setattr(train, 'train_step', step)
+        signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(train, 'train_step', interrupted)
+    go = partial(command, train, '--out', tmp_path, '--workers', 0, monkeypatch=monkeypatch, folder=trained)
+    assert go('--data', 'images', *TINY, '--init', 'model.pt', '--steps', 0) == 130
+    assert go('--resume') == 0
+    before, after = (torch.load(folder / 'model.pt', weights_only=True)['var'] for folder in (trained, tmp_path))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize('bad, status', [({1}, 0), ({*range(1, 50)}, 2)])
@@ -1194,6 +1317,8 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
     (tmp_path / 'cut.pt').write_bytes(whole[:len(whole) // 2])
     torch.save({'something': 'else'}, tmp_path / 'other.pt')
     torch.save([1, 2], tmp_path / 'list.pt')
+    (tmp_path / 'old').mkdir()
+    (tmp_path / 'old' / 'ckpt.pt').write_bytes((trained / 'model.pt').read_bytes())
     (tmp_path / 'evil.pt').write_bytes(pickle.dumps(Evil()))
     torch.save({'version': 1, 'vae': Evil()}, tmp_path / 'evil2.pt')
     vae, var = models()
@@ -1212,8 +1337,9 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
         (train, ['--lr', 'x'], "invalid float value: 'x'"), (train, ['--seed', -1], 'at least 0'),
         (train, ['--precision', 'int8'], 'choose from'), (train, ['--nothing', 1], 'unrecognized'),
         (train, ['--resume'], 'No such file'), (train, ['--resume', '--out', trained / 'images'], 'No such'),
+        (train, ['--resume', '--out', 'old'], 'nothing to resume'),
         (train, [*data, '--classes', 'cow', *TINY], 'no such class'),
-        (train, [*data, *TINY, '--perceptual', 1, '--vgg', 'var.pth'], 'VGG-16'),
+        (train, [*data, *TINY, '--classifier-steps', 0, '--vgg', 'var.pth'], 'VGG-16'),
         (train, [*data, *TINY, '--tokenizer', 'var.pth'], 'has no tokenizer'),
         (train, [*data, *TINY, '--tokenizer', 'vae.pth'], 'makes images of 8 px'),
         (sample, [], 'cannot read ckpt.pt: No such file'), (sample, ['--ckpt', 'cut.pt'], 'damaged'),

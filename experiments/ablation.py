@@ -69,7 +69,7 @@ def train_or_load(make_stage, config, inputs=None, **more):
     config.out.mkdir(parents=True, exist_ok=True)
     state = read_checkpoint(path) if path.exists() else {}
     if state.get('config') != settings or state.get('inputs') != inputs:
-        state = dict(version=VERSION, config=settings, inputs=inputs, step=0, optimizer=None,
+        state = dict(version=VERSION, config=settings, inputs=inputs, step=0, optimizers=None,
                      **more)
         for old in (config.out / 'log.csv', *config.out.glob('samples-*.npy')):
             old.unlink(missing_ok=True)

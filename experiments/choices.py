@@ -3,8 +3,8 @@
     python experiments/choices.py --data cifar10                    # eleven short runs
     python experiments/choices.py --data cifar10 --seeds 5          # five seeds of the defaults
 
-Each run differs from the defaults in one choice and trains on the same images. It has a folder of
-its own and continues where it was interrupted. The Frechet distance is that of all validation
+Each run differs from COMMON in one choice and trains on the same images. It has a folder of its
+own and continues where it was interrupted. The Frechet distance is that of all validation
 images, reconstructed, from the originals, in the features of the classifier of judge.py.
 Writes choices.md, or seeds.md with --seeds.
 
@@ -25,7 +25,8 @@ from tokenizer import to_tensor                                             # no
 from train import PRESETS, TokenizerStage, make_config, make_vae, read_data  # noqa: E402
 from var import Parser, number, pick_device, precision, run                 # noqa: E402
 
-PRESET = '32'
+# What all runs have. L_P and L_G are left out, so that the choices are seen by themselves.
+COMMON = dict(preset='32', patch_nums=(1, 2, 3, 4, 6, 8), perceptual=0., adversarial=0.)
 
 
 # ---- The choices: each function changes a TokenizerStage before it is trained ----
@@ -110,11 +111,11 @@ CHOICES = {
 def train_tokenizer(name, seed, args, device, train, val):
     """The VQVAE of one run, trained or loaded."""
     choice = CHOICES[name]
-    network = {**PRESETS[PRESET]['network'], **choice.get('network', {})}
+    network = {**PRESETS[COMMON['preset']]['network'], **choice.get('network', {})}
     folder = args.out / f'{name.replace(" ", "-")}-{seed}'
-    given = dict(data=args.data, preset=PRESET, network=network, tokenizer_steps=args.steps,
-                 seed=seed, device=device, workers=0, out=folder, **choice.get('config', {}))
-    config = make_config(given, {})
+    given = dict(COMMON, data=args.data, network=network, tokenizer_steps=args.steps, seed=seed,
+                 device=device, workers=0, out=folder)
+    config = make_config({**given, **choice.get('config', {})}, {})
 
     def make_stage():
         vae = make_vae(config, {}).to(device)
@@ -153,7 +154,7 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    config = make_config({'data': args.data, 'preset': PRESET}, {})
+    config = make_config({**COMMON, 'data': args.data}, {})
     train, val, classes, _ = read_data(config)
     n, K = len(val), len(config.patch_nums)
     classifier, real = train_classifier(train, val, classes, args.judge_steps, device, n)

@@ -112,9 +112,9 @@ def main():
     files[last_minutes[-1]] = args.out / 'ckpt.pt'
     graded, distances, shares = [], [], []
     for minute, path in sorted(files.items()):
-        vae, var, ckpt = load(path)
-        if var is None:                                 # a copy from stage 1
+        if read_checkpoint(path).get('var') is None:    # a copy from before stage 2
             continue
+        vae, var, ckpt = load(path)
         vae, var = vae.to(device), var.to(device)
         samples = draw_classes(vae, var, args.n, device, ckpt['sampling'])  # (C, n, H, W, 3)
         share, distance = classifier.grade(samples, real)

@@ -24,32 +24,36 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tokenizer import VQVAE, write_file                                     # noqa: E402
-from train import (ImageSet, TokenizerStage, TransformerStage, make_config,  # noqa: E402
-                   make_optimizer, make_scaler, shapes, train_step)
+from train import (Classifier, ClassifierStage, ImageSet, TokenizerStage,  # noqa: E402
+                   TransformerStage, make_config, make_optimizers, make_scaler, shapes, train_step)
 from var import VAR, Parser, number, pick_device, run                       # noqa: E402
 
 
 def check_synchronisation(device):
-    """Runs steps of both stages while every synchronisation with the GPU raises an error."""
-    config = make_config({'data': 'shapes', 'adversarial': 0.5, 'tokenizer_steps': 8}, {})
+    """Runs steps of all stages while every synchronisation with the GPU raises an error."""
+    config = make_config({'data': 'shapes', 'perceptual': 1., 'adversarial': 0.5, 'muon_lr': 0.02,
+                          'classifier_steps': 8, 'tokenizer_steps': 8}, {})
     config.device = device
     vae = VQVAE(config.patch_nums, **config.network).to(device)
     images = ImageSet(*shapes(64), 32)
     var = VAR(config.patch_nums, 2, 10, *vae.quantize.embedding.weight.shape).to(device)
     stored = np.ones((64, 1, len(var.mask)), np.int16), images.labels
-    stages = (TokenizerStage(config, vae, images, images),
+    classifier = Classifier(10)
+    stages = (ClassifierStage(config, classifier, images, images),
+              TokenizerStage(config, vae, images, images, classifier),
               TransformerStage(config, vae, var, stored, stored))
     for stage in stages:
         stage = stage.to(device).train()
-        optimizer, scaler = make_optimizer(stage), make_scaler(config)
+        optimizers, scaler = make_optimizers(stage), make_scaler(config)
         batch = next(stage.batches(0))
         for stage.step in range(8):
             if stage.step == 1 and device.type == 'cuda':       # the first step allocates memory
                 torch.cuda.set_sync_debug_mode('error')
-            train_step(stage, optimizer, scaler, batch)
+            train_step(stage, optimizers, scaler, batch)
         if device.type == 'cuda':
             torch.cuda.set_sync_debug_mode('default')
-        vae.requires_grad_(False)
+        for trained in stage.learned().values():
+            trained.requires_grad_(False)
     print('no step waited for the device')
 
 
@@ -100,8 +104,8 @@ def main():
     if args.tiny:
         bench = ['--depths', 1, '--batch', 1, '--draw', 1, '--baseline-depth', 1, '--grids', 8, 16,
                  '--ch', 32, '--compile']
-        few = ['--tokenizer-steps', 8, '--steps', 8]
-        cifar = ['--preset', '32', '--tokenizer-steps', 8, '--steps', 8, '--limit', 20]
+        few = ['--classifier-steps', 8, '--tokenizer-steps', 8, '--steps', 8]
+        cifar = ['--preset', '32', *few, '--limit', 20]
     ckpt, resumed = out / 'cifar10' / 'ckpt.pt', []
     if ckpt.exists():
         resumed = ['--resume']

@@ -4,7 +4,7 @@
     python experiments/kill.py --runs 3
 
 Not in the paper; it tests the claim of train.py that a run that was killed and resumed ends with
-the same bits as one that was not. A small run of both stages is killed by SIGKILL after a random
+the same bits as one that was not. A small run of all stages is killed by SIGKILL after a random
 time, and resumed to its end. Checkpoints are saved after every step here, so that most kills fall
 into the writing of one or close to it. Exits with status 1 if any weight differs.
 Writes into a temporary folder only.
@@ -37,6 +37,7 @@ train.PRESETS['32']['network'] = dict(ch=8, ch_mult=(1, 2, 4), vocab_size=99, z_
 var.run(train.main)
 '''
 OPTIONS = ['--data', 'cifar', '--preset', '32', '--flip', '--views', '2', '--depth', '1',
+           '--classifier-steps', '20',
            '--tokenizer-steps', '40', '--tokenizer-batch', '8', '--steps', '40', '--batch', '8',
            '--device', 'cpu', '--workers', '0']
 

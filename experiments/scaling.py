@@ -256,7 +256,7 @@ def main():
     # epochs=0: all depths make the same number of steps, however few images there are.
     # saln=False: the scaling laws are about one AdaLN projection per block, equation (8).
     base = dict(data=args.data, steps=args.steps, batch=args.batch, epochs=0., saln=False,
-                device=device)
+                muon_lr=0., device=device)
     # Tokens go to the folder of the first depth, where no other machine writes.
     config = make_config(dict(base, out=runs[0].folder), ckpt['config'])
     train, val, names, _ = read_data(config)
