@@ -1491,7 +1491,7 @@ def main():
         perceptual = make_perceptual(config, train, val, len(classes), state)
         seed_everything(config.seed)            # a resumed run gets the same discriminator
         stage = TokenizerStage(config, vae, train, val, perceptual).to(device)
-        del perceptual                          # it takes no memory in stage 2
+        del perceptual                          # so that it ends with the stage
         describe(stage, vae)
         train_stage(stage, config, state)
         state.pop('adversarial', None)
