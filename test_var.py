@@ -892,7 +892,7 @@ def test_muon_is_that_of_torch():
 def test_no_gradient_that_is_not_finite_reaches_muon(tmp_path):
     stage = small_stage('transformer', tmp_path, batch=16, micro_batch=16)
     optimizers, scaler = train.make_optimizers(stage), train.make_scaler(stage.config)
-    batch = [torch.zeros(16, len(stage.var.mask), dtype=torch.int64), torch.arange(16) % 4]
+    batch = zero_batch('transformer')
     before = stage.var.blocks[0].ffn.fc1.weight.detach().clone()
     hook = stage.var.blocks[0].attn.proj.weight.register_hook(lambda gradient: gradient * math.nan)
     assert train.train_step(stage, optimizers, scaler, batch)['gradient norm'].isnan()
@@ -924,6 +924,13 @@ def small_stage(name, tmp_path, **options):
     var.label_dropout = 0.
     stored = np.ones((16, 1, len(var.mask)), np.int16), images.labels
     return train.TransformerStage(config, vae, var, stored, stored).train()
+
+
+def zero_batch(name):
+    """What batches() of small_stage(name) would yield, full of zeros."""
+    images, labels = torch.zeros(16, 32, 32, 3, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64)
+    tokens = torch.zeros(16, 130, dtype=torch.int64)
+    return {'classifier': [images, labels], 'tokenizer': [images], 'transformer': [tokens, labels]}[name]
 
 
 @pytest.mark.parametrize('name', ['tokenizer', 'transformer'])
@@ -963,11 +970,7 @@ def test_a_step_never_waits_for_the_device(name, tmp_path):
                         fake = torch.empty(p.shape, dtype=p.dtype)
                         parameter = isinstance(p, torch.nn.Parameter)
                         tensors[n] = torch.nn.Parameter(fake, p.requires_grad) if parameter else fake
-        batch = [torch.empty(16, 32, 32, 3, dtype=torch.uint8)]
-        if name == 'classifier':
-            batch.append(torch.zeros(16, dtype=torch.int64))
-        if name == 'transformer':
-            batch = [torch.zeros(16, 130, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)]
+        batch = zero_batch(name)
         optimizers, scaler = train.make_optimizers(stage), train.make_scaler(stage.config)
         for stage.step in range(4):             # without and with quantization and discriminator
             figures = train.train_step(stage, optimizers, scaler, batch)
@@ -1008,11 +1011,7 @@ def test_no_tensor_is_left_on_the_cpu(name, tmp_path, monkeypatch):
         module.register_forward_pre_hook(on_meta)
     optimizers = [torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad])]
     scaler = torch.amp.GradScaler('cpu', enabled=False)         # neither knows the meta device
-    batch = [torch.zeros(16, 32, 32, 3, dtype=torch.uint8)]
-    if name == 'classifier':
-        batch.append(torch.zeros(16, dtype=torch.int64))
-    if name == 'transformer':
-        batch = [torch.zeros(16, 130, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)]
+    batch = zero_batch(name)
     for stage.step in range(4):
         figures = train.train_step(stage, optimizers, scaler, batch)
     assert figures['loss'].device.type == 'meta'

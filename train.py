@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenizer import (VQVAE, UserError, all_processes, batch_size, conv3x3, crop, explain,
                        group_norm, make_grid, open_image, save_image, to_tensor, to_uint8,
                        write_file)
-from var import (PRECISIONS, RELEASED, UNLOADABLE, VAR, VERSION, Parser, best_precision,
+from var import (PRECISIONS, RELEASED, UNLOADABLE, VAR, VERSION, Parser, choose_precision,
                  compile_forward, number, pick_device, precision, rank_and_world, read_checkpoint,
                  run)
 
@@ -131,27 +131,31 @@ class Config:
                                  bool, False)
     vgg: str = option(None, 'file of the VGG-16 weights, without internet', str, False)
 
+    @property
+    def has_classifier(self):
+        """Whether the run begins with the classifier of L_P."""
+        return self.tokenizer == 'train' and self.perceptual > 0 and self.classifier_steps > 0
+
 
 # The presets hold what differs from Config. At 32 px a CPU makes more of many small steps than of
 # few large ones: a minute of autoencoding CIFAR-10 ends at 27.1 dB with batches of 16, and at
 # 25.5 dB with 32. What each choice gains is in experiments/README.md.
-SMALL = dict(
-    size=32, patch_nums=(1, 2, 4, 8), depth=4, tokenizer='train', classifier_steps=600,
-    tokenizer_steps=2800, tokenizer_batch=16, tokenizer_micro_batch=16, tokenizer_lr=1e-3,
-    steps=3000, epochs=0., batch=32, micro_batch=32, lr=3e-3, muon_lr=0.02,
-    sampling=dict(cfg=6., top_k=100, top_p=1.),
+PLAIN = dict(
+    size=32, patch_nums=(1, 2, 4, 8), depth=4, tokenizer='train', perceptual=0., adversarial=0.,
+    tokenizer_batch=16, tokenizer_micro_batch=16, tokenizer_lr=1e-3,
+    epochs=0., batch=16, micro_batch=16, lr=3e-3,
     network=dict(ch=32, ch_mult=(1, 2, 4), vocab_size=1024, z_channels=16, res_blocks=1,
                  normalise=False))
-LARGE = dict(
-    SMALL, depth=8, tokenizer_steps=8000, tokenizer_batch=256, tokenizer_micro_batch=256,
-    steps=8000, batch=256, micro_batch=256, network=dict(SMALL['network'], ch=64))
-# Squared and absolute error alone, AdamW alone.
-PLAIN = dict(SMALL, perceptual=0., classifier_steps=0, adversarial=0., muon_lr=0., batch=16,
-             micro_batch=16)
 SHAPES_PRESET = dict(
     PLAIN, depth=3, tokenizer_steps=700, steps=1500, lr=5e-3,
     sampling=dict(cfg=4., top_k=20, top_p=1.),
-    network=dict(SMALL['network'], ch=16, vocab_size=256, z_channels=8))
+    network=dict(PLAIN['network'], ch=16, vocab_size=256, z_channels=8))
+SMALL = dict(
+    PLAIN, perceptual=1., classifier_steps=600, adversarial=0.5, tokenizer_steps=2800, steps=3000,
+    batch=32, micro_batch=32, muon_lr=0.02, sampling=dict(cfg=6., top_k=100, top_p=1.))
+LARGE = dict(
+    SMALL, depth=8, tokenizer_steps=8000, tokenizer_batch=256, tokenizer_micro_batch=256,
+    steps=8000, batch=256, micro_batch=256, network=dict(SMALL['network'], ch=64))
 # At 64 px an eighth of the side, as 1,2,3,4,6,8, loses too much: after 400 steps of stage 1 on
 # Imagenette it ends at 20.1 dB, a quarter of the side at 23.0 dB. Of 250 samples, 81 % are
 # classified correctly with cfg 4 and 83 % with 8, but their Frechet distance is 49 and 89.
@@ -891,7 +895,8 @@ class ClassifierStage(nn.Module):
             self.validation = self.val_set.some(1000, self.config.workers)
         images, labels = self.validation        # (n, H, W, 3), (n,)
         right = 0
-        for part, truth in zip(images.split(100), labels.split(100)):
+        B = batch_size(self.config.size)
+        for part, truth in zip(images.split(B), labels.split(B)):
             logits = self.classifier.classify(to_tensor(part.to(self.config.device)))
             right += (logits.argmax(1).cpu() == truth).sum().item()
         return {'accuracy': right / len(labels)}
@@ -1132,7 +1137,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group['lr'], group['momentum']
             for p in group['params']:
-                old = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    state['momentum'] = torch.zeros_like(p)
+                old = state['momentum']
                 new = old.lerp(p.grad, 1 - momentum)
                 direction = orthogonalise(p.grad.lerp(new, momentum), self.dtype)
                 rows, columns = p.shape
@@ -1163,7 +1171,7 @@ def make_optimizers(stage):
     groups = [{'params': decayed, 'weight_decay': 0.05}, {'params': free, 'weight_decay': 0.}]
     optimizers = [torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=True)]
     if matrices:
-        name = stage.config.precision or best_precision(stage.config.device)
+        name = choose_precision(stage.config.device, stage.config.precision)
         # A CPU without native bfloat16 would take many times as long in it.
         dtype = torch.bfloat16 if name == 'bfloat16' else torch.float32
         optimizers.append(Muon(matrices, stage.muon_lr, dtype))
@@ -1173,7 +1181,7 @@ def make_optimizers(stage):
 def make_scaler(config):
     """Leaves out steps whose gradients are not finite, without waiting for the GPU. In float16 it
     also scales the loss, so that small gradients do not vanish; else its scale does not grow."""
-    name = config.precision or best_precision(config.device)
+    name = choose_precision(config.device, config.precision)
     if name == 'float16':
         return torch.amp.GradScaler(config.device.type, init_scale=2. ** 16)
     return torch.amp.GradScaler(config.device.type, init_scale=1., growth_interval=2 ** 31 - 1)
@@ -1403,7 +1411,7 @@ def make_perceptual(config, train, val, num_classes, state):
     """The network of L_P, or None without L_P: a VGG-16, or a classifier, trained here first."""
     if not config.perceptual:
         return None
-    if not config.classifier_steps:
+    if not config.has_classifier:
         path = config.vgg or fetch(*VGG)
         with explain(f'{path} is not the VGG-16 of torchvision', UNLOADABLE, 'see --vgg'):
             return VGG16(read_checkpoint(path))
@@ -1441,7 +1449,7 @@ def new_state(config, classes, words):
             if path.exists():
                 path.replace(path.with_suffix('.previous' + path.suffix))
     stage = 'tokenizer' if config.tokenizer == 'train' else 'transformer'
-    if stage == 'tokenizer' and config.perceptual and config.classifier_steps:
+    if config.has_classifier:
         stage = 'classifier'
     return dict(version=VERSION, classes=classes, words=words, patch_nums=config.patch_nums,
                 sampling=config.sampling, stage=stage, step=0, optimizers=None)
@@ -1471,9 +1479,8 @@ def main():
     (rank, world), device = rank_and_world(), config.device
     train, val, classes, words = read_data(config)
     tell(f'{len(train)} + {len(val)} images of {config.size} px in {len(classes)} classes; scales '
-         f'{config.patch_nums}; {world} x {device}, {config.precision or best_precision(device)}')
-    has_classifier = config.tokenizer == 'train' and config.perceptual and config.classifier_steps
-    if has_classifier and len(classes) == 1:
+         f'{config.patch_nums}; {world} x {device}, {choose_precision(device, config.precision)}')
+    if config.has_classifier and len(classes) == 1:
         tell('one class: there is no classifier to train, and the tokenizer does without L_P')
         config.perceptual = 0.
     seed_everything(config.seed)
