@@ -76,7 +76,7 @@ def train_or_load(make_stage, config, inputs=None, **more):
     seed_everything(config.seed)
     stage = make_stage()
     if state['step'] < stage.steps:
-        train_stage(stage, config, state)
+        train_stage(stage, state)
     else:
         for name, module in stage.learned().items():
             module.load_state_dict(state[name])
@@ -121,7 +121,7 @@ def table_rows(args):
 def train_tokenizer(config, train, val):
     """The VQVAE of a config, trained on two ImageSets."""
     def make_stage():
-        vae = make_vae(config, {}).to(config.device)
+        vae = make_vae(config).to(config.device)
         return TokenizerStage(config, vae, train, val).to(config.device)
 
     return train_or_load(make_stage, config).vae
@@ -145,8 +145,9 @@ def train_transformer(config, vae, stored, stored_val, model, num_classes, qk_no
 def main():
     args = parse()
     device = pick_device(args.device)
+    # Every row has AdamW and the plain losses of stage 1, whatever the preset of the data has.
     base = dict(data=args.data, size=32, steps=args.steps, tokenizer_steps=args.tokenizer_steps,
-                device=device, workers=0)
+                perceptual=0., adversarial=0., muon_lr=0., device=device, workers=0)
     config = make_config(base, {})
     train, val, classes, _ = read_data(config)
     classifier, real = train_classifier(train, val, classes, args.judge_steps, device)
@@ -167,7 +168,8 @@ def main():
     for name, folder, tokens, model, depth, qk_norm, sampling in table_rows(args):
         vae = vaes[tokens]
         if folder not in trained:
-            given = dict(base, depth=depth, sampling=sampling, out=args.out / folder)
+            given = dict(base, patch_nums=patch_nums[tokens], depth=depth, sampling=sampling,
+                         out=args.out / folder)
             trained[folder] = train_transformer(make_config(given, {}), vae, *stored[tokens], model,
                                                 len(classes), qk_norm)
         var, loss = trained[folder]

@@ -118,7 +118,7 @@ def train_tokenizer(name, seed, args, device, train, val):
     config = make_config({**given, **choice.get('config', {})}, {})
 
     def make_stage():
-        vae = make_vae(config, {}).to(device)
+        vae = make_vae(config).to(device)
         stage = TokenizerStage(config, vae, train, val).to(device)
         if 'change' in choice:
             choice['change'](stage)

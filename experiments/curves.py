@@ -2,7 +2,7 @@
 
     python experiments/curves.py --data cifar10                     # trains, then grades and draws
     python experiments/curves.py --data cifar10                     # again: continues where it was
-    python experiments/curves.py --data cifar10 -- --preset 32-gpu  # with options of train.py
+    python experiments/curves.py --data cifar10 --out long -- --preset long     # options of train.py
 
 Paper: Section 5.2 and Fig. 7 show how loss and samples improve with training. This runs train.py,
 keeps a copy of ckpt.pt every few minutes, and grades the copies by the classifier of judge.py: the
@@ -106,7 +106,8 @@ def main():
 
     config = make_config({}, read_checkpoint(args.out / 'ckpt.pt')['config'])
     train, val, classes, _ = read_data(config)
-    classifier, real = train_classifier(train, val, classes, args.judge_steps, device)
+    classifier, real = train_classifier(train, val, classes, args.judge_steps, device,
+                                        mirror=config.flip)
     files = {int(path.stem.removeprefix('ckpt-')) / 60: path for path in args.out.glob('ckpt-*.pt')}
     last_minutes, _ = curves['transformer', 'loss']
     files[last_minutes[-1]] = args.out / 'ckpt.pt'

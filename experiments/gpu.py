@@ -54,7 +54,8 @@ def check_synchronisation(device):
             torch.cuda.set_sync_debug_mode('default')
         for trained in stage.learned().values():
             trained.requires_grad_(False)
-    print('no step waited for the device')
+    on_gpu = device.type == 'cuda'
+    print('no step waited for the GPU' if on_gpu else 'all stages ran; there is no GPU to wait for')
 
 
 def run_part(name, commands, seconds):
@@ -96,7 +97,10 @@ def main():
     if args.synchronisation:
         return check_synchronisation(device)
     ends, out = time.time() + 60 * args.minutes, args.out.resolve()
+    if args.tiny:
+        out = out / 'tiny'                      # so that a real run does not resume a tiny one
     out.mkdir(parents=True, exist_ok=True)
+    (out / 'bench.csv').unlink(missing_ok=True)     # of an earlier call
     where = ['--device', device.type]
     bench = ['--depths', 16, '--batch', 32, '--draw', 1, 16, 64, '--baseline-depth', 16,
              '--grids', 16, 32, '--compile']
