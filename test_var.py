@@ -659,6 +659,7 @@ def test_layouts_of_folders(tmp_path, capsys):
         'imagenet': ([f'train/n1/{i}.JPEG' for i in numbers] + ['val/x.JPEG'], 'n1', 18, 2),
         'flat splits': (['train/1.jpg', 'train/2.jpg', 'val/3.jpg'], 'flat splits', 2, 1),
         'flat': ([f'{i}.jpg' for i in numbers], 'flat', 18, 2),
+        'empty val': (['train/1.jpg', 'train/2.jpg', 'val/notes.txt'], 'empty val', 1, 1),
         'deep': (['a/x/1.jpg', 'a/y/z/2.jpg', 'b/1.jpg', 'b/2.jpg'], 'a b', 2, 2),
         'wrapped': (['top/inner/train/a/1.jpg', 'top/inner/val/a/2.jpg'], 'a', 1, 1),
     }
@@ -674,9 +675,9 @@ def test_layouts_of_folders(tmp_path, capsys):
         assert (len(a), len(b)) == (n, n_val) and not {*a} & {*b}, name
         assert all((folder / file).exists() for file in a + b), name
         said = capsys.readouterr().out
-        assert ('no labels' in said) == (name == 'imagenet'), said
+        assert ('no labelled images' in said) == (name in ('imagenet', 'empty val')), said
         assert ('held out' in said) == (
-            name in ('classes', 'few', 'one each', 'two', 'imagenet', 'flat', 'deep'))
+            name in ('classes', 'few', 'one each', 'two', 'imagenet', 'flat', 'empty val', 'deep'))
         if name == 'tiny':
             assert val_labels == [0, 1] and b == ['val/images/val_1.JPEG', 'val/images/val_0.JPEG']
             assert words == ['goldfish, Carassius auratus', '']
@@ -1315,6 +1316,7 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
     whole = (trained / 'ckpt.pt').read_bytes()
     (tmp_path / 'cut.pt').write_bytes(whole[:len(whole) // 2])
     torch.save({'something': 'else'}, tmp_path / 'other.pt')
+    torch.save({'classifier': {}}, tmp_path / 'early.pt')
     torch.save([1, 2], tmp_path / 'list.pt')
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'ckpt.pt').write_bytes((trained / 'model.pt').read_bytes())
@@ -1343,6 +1345,7 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
         (train, [*data, *TINY, '--tokenizer', 'vae.pth'], 'makes images of 8 px'),
         (sample, [], 'cannot read ckpt.pt: No such file'), (sample, ['--ckpt', 'cut.pt'], 'damaged'),
         (sample, ['--ckpt', 'other.pt'], 'no tokenizer'), (sample, ['--ckpt', 'list.pt'], 'cannot read'),
+        (sample, ['--ckpt', 'early.pt'], 'continue with train.py --resume'),
         (sample, ['--ckpt', 'evil.pt'], 'evil.pt'), (sample, ['--ckpt', 'evil2.pt'], 'it could run code'),
         (sample, ['--ckpt', 'var.pth'], 'add --tokenizer'), (sample, ['--ckpt', 'vae.pth'], 'tokenizer only'),
         (sample, ['--ckpt', 'var.pth', '--tokenizer', trained / 'ckpt.pt'], 'was trained with another tokenizer'),

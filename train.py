@@ -9,12 +9,13 @@
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
 Departures from the paper and the released recipe:
 - Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops.
-- At every depth the peak learning rate is 1e-4 per 256 images (at least 1e-4), it decays to 0.01 of
-  its peak, and the weight decay is 0.05. Batch and number of steps are smaller.
+- At every depth the learning rate decays to 0.01 of its peak, which is 1e-4 per 256 images (at
+  least 1e-4) unless a preset has another. AdamW's weight decay is 0.05. Batches and the number of
+  steps are smaller.
 - In the presets for CIFAR-10, Muon trains the weight matrices of the blocks, and AdamW the rest.
 - L_P is LPIPS without its learned weights. In the presets for CIFAR-10 it compares the features of
   a small classifier that is first trained on the same images. L_G has a patch discriminator, not
-  one like StyleGAN's.
+  one like StyleGAN's. Stage 1 begins without quantization, and L_G sets in at its half.
 What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
 killed and resumed therefore ends with the same bits as one that was not. Several processes train as
 one does, but for the dropout that each of them draws, and the classifier's batch normalisation,
@@ -146,27 +147,27 @@ PLAIN = dict(
     epochs=0., batch=16, micro_batch=16, lr=3e-3,
     network=dict(ch=32, ch_mult=(1, 2, 4), vocab_size=1024, z_channels=16, res_blocks=1,
                  normalise=False))
-SHAPES_PRESET = dict(
-    PLAIN, depth=3, tokenizer_steps=700, steps=1500, lr=5e-3,
-    sampling=dict(cfg=4., top_k=20, top_p=1.),
-    network=dict(PLAIN['network'], ch=16, vocab_size=256, z_channels=8))
 SMALL = dict(
     PLAIN, perceptual=1., classifier_steps=600, adversarial=0.5, tokenizer_steps=2800, steps=3000,
     batch=32, micro_batch=32, muon_lr=0.02, sampling=dict(cfg=6., top_k=100, top_p=1.))
-LARGE = dict(
-    SMALL, depth=8, tokenizer_steps=8000, tokenizer_batch=256, tokenizer_micro_batch=256,
-    steps=8000, batch=256, micro_batch=256, network=dict(SMALL['network'], ch=64))
-# At 64 px an eighth of the side, as 1,2,3,4,6,8, loses too much: after 400 steps of stage 1 on
-# Imagenette it ends at 20.1 dB, a quarter of the side at 23.0 dB. Of 250 samples, 81 % are
-# classified correctly with cfg 4 and 83 % with 8, but their Frechet distance is 49 and 89.
-MIDDLE = dict(
-    PLAIN, size=64, patch_nums=(1, 2, 4, 8, 16), flip=True, tokenizer_steps=2200, steps=4700,
-    sampling=dict(cfg=4., top_k=100, top_p=1.))
 PRESETS = {
-    'shapes': SHAPES_PRESET,
+    'shapes': dict(
+        PLAIN, depth=3, tokenizer_steps=700, steps=1500, lr=5e-3,
+        sampling=dict(cfg=4., top_k=20, top_p=1.),
+        network=dict(PLAIN['network'], ch=16, vocab_size=256, z_channels=8)),
     '32': SMALL,
-    '32-gpu': LARGE,
-    '64': MIDDLE,
+    'long': dict(
+        SMALL, depth=5, flip=True, classifier_steps=1500, tokenizer_steps=7000, steps=4600,
+        batch=64, micro_batch=64),
+    '32-gpu': dict(
+        SMALL, depth=8, tokenizer_steps=8000, tokenizer_batch=256, tokenizer_micro_batch=256,
+        steps=8000, batch=256, micro_batch=256, network=dict(SMALL['network'], ch=64)),
+    # At 64 px an eighth of the side, as 1,2,3,4,6,8, loses too much: after 400 steps of stage 1 on
+    # Imagenette it ends at 20.1 dB, a quarter of the side at 23.0 dB. Of 250 samples, 81 % are
+    # classified correctly with cfg 4 and 83 % with 8, but their Frechet distance is 49 and 89.
+    '64': dict(
+        PLAIN, size=64, patch_nums=(1, 2, 4, 8, 16), flip=True, tokenizer_steps=2200, steps=4700,
+        sampling=dict(cfg=4., top_k=100, top_p=1.)),
     '128': dict(size=128, tokenizer='train', network=dict(ch=96, ch_mult=(1, 1, 2, 4))),
     '256': dict(size=256, network=dict(ch=160, ch_mult=(1, 1, 2, 2, 4))),
     '512': dict(size=512, network=dict(ch=160, ch_mult=(1, 1, 2, 2, 4)),
@@ -192,7 +193,7 @@ def parse():
 
 
 def default_preset(data, size):
-    """The preset for the data and for the size that was asked for, or None for no size."""
+    """The preset for the data and for the size that was asked for; size: None if none was."""
     if data == 'shapes' and size in (None, 32):
         return 'shapes'
     if size is not None:
@@ -205,11 +206,9 @@ def make_config(given, saved):
     """The Config of a run. The command line (given) comes first, then what a resumed run had
     (saved), then the preset, then the defaults. UserError for values that do not fit together."""
     known = {f.name for f in fields(Config)}
-    chosen = {name: value for name, value in saved.items() if name in known}
-    chosen.update(given)
-    data = chosen.setdefault('data', 'shapes')
+    chosen = {name: value for name, value in saved.items() if name in known} | given
     if not chosen.get('preset'):
-        chosen['preset'] = default_preset(data, chosen.get('size'))
+        chosen['preset'] = default_preset(chosen.get('data', Config.data), chosen.get('size'))
     if chosen['preset'] not in PRESETS:
         raise UserError(f'no preset for {chosen["preset"]}: choose from {", ".join(PRESETS)}')
     preset = PRESETS[chosen['preset']]
@@ -292,9 +291,8 @@ def cifar10_path(data):
     """The archive or the folder of CIFAR-10 in binary form that a path means, or None."""
     for name in ('', 'cifar-10-batches-bin', 'cifar-10-binary.tar.gz'):
         path = Path(data) / name
-        if path.is_file() and path.name.endswith('.tar.gz'):
-            return path
-        if (path / 'test_batch.bin').is_file():
+        is_archive = path.is_file() and path.name.endswith('.tar.gz')
+        if is_archive or (path / 'test_batch.bin').is_file():
             return path
     return None
 
@@ -343,11 +341,11 @@ def subfolders(folder):
 
 
 def find_splits(root):
-    """The names of root's subfolders for training and for validation; None where there is none."""
+    """The names of root's subfolders for training and for validation; '' where there is none."""
     by_name = {name.lower(): name for name in subfolders(root)}
     train = [by_name[name] for name in TRAIN_NAMES if name in by_name]
     val = [by_name[name] for name in VAL_NAMES if name in by_name]
-    return (train[0] if train else None), (val[0] if train and val else None)
+    return (train[0] if train else ''), (val[0] if train and val else '')
 
 
 def images_below(root, folder):
@@ -379,7 +377,7 @@ def by_class(root, folder):
 
 
 def validation_images(root, folder, train):
-    """{class: names of images} of a validation folder; {} where they have no labels."""
+    """{class: names of images} of a validation folder; {} without any, or without labels."""
     found = by_class(root, folder)
     annotations = root / folder / 'val_annotations.txt'
     if annotations.exists():                                    # Tiny ImageNet: file, class, box
@@ -390,8 +388,9 @@ def validation_images(root, folder, train):
             label = class_of.get(os.path.basename(os.fsdecode(name)), 'unknown')
             groups.setdefault(label, []).append(name)
         return {label: np.array(names) for label, names in groups.items()}
-    without_labels = '' in found
-    return {} if without_labels and '' not in train else found
+    is_empty = not any(len(names) for names in found.values())
+    without_labels = '' in found and '' not in train
+    return {} if is_empty or without_labels else found
 
 
 def hold_out(groups):
@@ -408,10 +407,10 @@ def hold_out(groups):
     return train, val
 
 
-def labelled(groups, names):
-    """{class: names of images} -> one array of names (N,), and labels (N,): places in names."""
-    present = [name for name in names if name in groups]
-    labels = [np.full(len(groups[name]), names.index(name)) for name in present]
+def labelled(groups, classes):
+    """{class: names of images} -> all their names (N,), and labels (N,): indices of classes."""
+    present = [name for name in classes if name in groups]
+    labels = [np.full(len(groups[name]), classes.index(name)) for name in present]
     return np.concatenate([groups[name] for name in present]), np.concatenate(labels)
 
 
@@ -426,26 +425,25 @@ def read_folder(root, classes='', limit=0):
         what = 'a file; unpack it first' if root.is_file() else 'no such folder'
         raise UserError(f'--data {root}: {what}; {LAYOUTS}')
     # Archives often unpack into a folder with a single folder in it.
-    while find_splits(root)[0] is None:
+    while not find_splits(root)[0]:
         inner = subfolders(root)
         if len(inner) != 1 or not subfolders(root / inner[0]):
             break
         root = root / inner[0]
     train_folder, val_folder = find_splits(root)
-    train = by_class(root, train_folder or '.')
+    train = by_class(root, train_folder)
     if not any(len(names) for names in train.values()):
         packed = [*root.glob('**/*.parquet'), *root.glob('**/*.zip')]
         hint = f'{packed[0].name} has to be unpacked into image files; ' if packed else ''
         raise UserError(f'--data {asked}: no images in it; {hint}{LAYOUTS}')
-    used = f'{root / (train_folder or "")}: training'
+    used = f'{root / train_folder}: training'
     val = validation_images(root, val_folder, train) if val_folder else {}
     if val:
         used += f'; {root / val_folder}: validation'
     elif val_folder:
-        used += f'; {root / val_folder}: no labels, not used'
+        used += f'; {root / val_folder}: no labelled images, not used'
     if classes:
-        names = sorted(train)
-        chosen = names[:int(classes)] if classes.isdecimal() else classes.split(',')
+        chosen = sorted(train)[:int(classes)] if classes.isdecimal() else classes.split(',')
         unknown = [name for name in chosen if name not in train]
         if unknown:
             raise UserError(f'--classes {unknown[0]}: no such class folder in {root}')
@@ -503,6 +501,7 @@ class ImageSet(torch.utils.data.Dataset):
     def __init__(self, items, labels, size, folder=''):
         self.items, self.labels, self.size, self.folder = items, labels, size, str(folder)
         self.reported = set()       # files that could not be read
+        self.chosen = {}            # what some() has read
 
     def __len__(self):
         return len(self.items)
@@ -557,15 +556,18 @@ class ImageSet(torch.utils.data.Dataset):
                 raise UserError(f'none of the {len(self)} images can be read')
             yield images, indices
 
-    def centres(self, n=sys.maxsize):
+    def centres(self, n):
         """Requests for the centre crops of n images, evenly spread, in batches that fit."""
         requests, B = [(i, None, False) for i in spread(len(self), n)], batch_size(self.size)
         return [requests[start:start + B] for start in range(0, len(requests), B)]
 
     def some(self, n, workers=0):
-        """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,)."""
-        images, indices = zip(*self.load(self.centres(n), workers))
-        return torch.cat(images), torch.from_numpy(self.labels)[torch.cat(indices)]
+        """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,). They are read at
+        the first call and kept."""
+        if n not in self.chosen:
+            images, indices = zip(*self.load(self.centres(n), workers))
+            self.chosen[n] = torch.cat(images), torch.from_numpy(self.labels)[torch.cat(indices)]
+        return self.chosen[n]
 
 
 def read_data(config):
@@ -611,15 +613,14 @@ def tokens_key(vae, images, views, config):
     key = zlib.crc32(repr((vae.patch_nums, images.size, crops)).encode())
     for weights in vae.state_dict().values():
         key = zlib.crc32(weights.cpu().numpy().tobytes(), key)
-    if images.items.ndim > 1:
-        return zlib.crc32(np.ascontiguousarray(images.items).data, key)
-    for index in range(len(images)):
-        try:
-            about = os.stat(images.path(index))
-            key = zlib.crc32(b'%d %d' % (about.st_size, about.st_mtime_ns), key)
-        except OSError:                                         # it is reported when it is read
-            key = zlib.crc32(b'unreadable', key)
-    return zlib.crc32(images.items.data.tobytes(), key)
+    if images.items.ndim == 1:                                  # names of files
+        for index in range(len(images)):
+            try:
+                about = os.stat(images.path(index))
+                key = zlib.crc32(b'%d %d' % (about.st_size, about.st_mtime_ns), key)
+            except OSError:                                     # it is reported when it is read
+                key = zlib.crc32(b'unreadable', key)
+    return zlib.crc32(np.ascontiguousarray(images.items), key)
 
 
 def open_tokens(path, shape):
@@ -649,7 +650,7 @@ def tokenize(vae, images, config, name, views=1):
     (rank, world), L = rank_and_world(), sum(p * p for p in vae.patch_nums)
     if vae.quantize.V > np.iinfo(np.int16).max - 1:
         raise UserError(f'tokens are stored in 16 bits: {vae.quantize.V} codes are too many')
-    # All processes have to agree on it, also where two machines have other times of files.
+    # All processes need the same key, even where another machine has other file times.
     key = tokens_key(vae, images, views, config) if rank == 0 else 0
     key = int(all_processes(torch.tensor([key], device=config.device))[0])
     config.out.mkdir(parents=True, exist_ok=True)
@@ -689,19 +690,16 @@ def tokenize(vae, images, config, name, views=1):
 
 def readable(stored):
     """Which rows of stored tokens (N, views, L), flattened to (N * views), hold tokens."""
-    return np.flatnonzero(stored[:, :, 0].reshape(-1) > 0)
+    return np.flatnonzero(stored[:, :, 0] > 0)
 
 
 # ---- The learned losses of equation (5) ----
 
 
 class PerceptualLoss(nn.Module):
-    """L_P: the distance of two images in the features of a network, at several depths. This is
-    LPIPS without its learned weights. features() is defined by the networks below."""
-
-    def features(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> maps of several depths, each (B, c, h, w)."""
-        raise NotImplementedError
+    """L_P of (5): the distance of two images in the features of a network, at several depths. This
+    is LPIPS without its learned weights. The networks below have the method features(): images
+    (B, 3, H, W) in [-1, 1] -> a map of each depth, (B, channels, height, width)."""
 
     def forward(self, rebuilt, images):
         """Images (B, 3, H, W) in [-1, 1], twice -> their mean distance, a scalar."""
@@ -868,7 +866,6 @@ class ClassifierStage(nn.Module):
         self.batch = self.micro_batch = 128 - 128 % rank_and_world()[1]
         self.rows = len(train)          # what one epoch consists of
         self.step = 0                   # set by the loop
-        self.validation = None
 
     def learned(self):
         return {'classifier': self.classifier}
@@ -891,15 +888,12 @@ class ClassifierStage(nn.Module):
     @torch.no_grad()
     def evaluate(self):
         """Share of a thousand validation images that are classified correctly."""
-        if self.validation is None:             # read once, in the first evaluation
-            self.validation = self.val_set.some(1000, self.config.workers)
-        images, labels = self.validation        # (n, H, W, 3), (n,)
-        right = 0
-        B = batch_size(self.config.size)
-        for part, truth in zip(images.split(B), labels.split(B)):
+        images, labels = self.val_set.some(1000, self.config.workers)       # (n, H, W, 3), (n,)
+        found = []
+        for part in images.split(batch_size(self.config.size)):
             logits = self.classifier.classify(to_tensor(part.to(self.config.device)))
-            right += (logits.argmax(1).cpu() == truth).sum().item()
-        return {'accuracy': right / len(labels)}
+            found.append(logits.argmax(1).cpu())
+        return {'accuracy': (torch.cat(found) == labels).double().mean().item()}
 
 
 class TokenizerStage(nn.Module):
@@ -918,22 +912,17 @@ class TokenizerStage(nn.Module):
         self.rows = len(train)          # what one epoch consists of
         self.step = 0                   # set by the loop
         self.usage = []                 # tokens and vectors of the micro-batches of a step
-        self.val_images = None
         if config.init:                 # a tokenizer that is trained already
             self.quantize_from = 0.
         self.perceptual, self.adversarial = perceptual, None
         if config.adversarial:
-            self.adversarial = AdversarialLoss(config.adversarial, self.last_layer)
+            self.adversarial = AdversarialLoss(config.adversarial, vae.decoder.conv_out.weight)
 
     def train(self, mode=True):
         super().train(mode)
         if self.perceptual is not None:
             self.perceptual.eval()      # its batch normalisation is fixed
         return self
-
-    @property
-    def last_layer(self):
-        return self.vae.decoder.conv_out.weight
 
     @property
     def has_adversarial_loss(self):
@@ -966,8 +955,8 @@ class TokenizerStage(nn.Module):
             distance = self.perceptual(rebuilt, images)                     # L_P
             loss = loss + self.config.perceptual * distance                 # + lambda_P L_P
         if self.has_adversarial_loss:
-            part = len(images) / self.batch
-            loss = loss + self.adversarial(images, rebuilt, loss, self.last_layer, part)
+            last_layer, part = self.vae.decoder.conv_out.weight, len(images) / self.batch
+            loss = loss + self.adversarial(images, rebuilt, loss, last_layer, part)
             figures['lambda_G'] = self.adversarial.weight.clone()
         return loss, figures
 
@@ -992,10 +981,8 @@ class TokenizerStage(nn.Module):
         if self.step <= self.quantize_from * self.steps:
             return {}
         vae, device = self.vae, self.config.device
-        if self.val_images is None:             # read once, in the first evaluation
-            n = 1000 if self.config.size <= 64 else 200
-            self.val_images, _ = self.val_set.some(n, self.config.workers)      # (n, H, W, 3)
-        images = self.val_images
+        n = 1000 if self.config.size <= 64 else 200
+        images, _ = self.val_set.some(n, self.config.workers)               # (n, H, W, 3)
         few = images[spread(len(images), min(8, batch_size(self.config.size)))]
         scales = vae.decode_scales(vae.encode(to_tensor(few.to(device))))   # K of (8, 3, H, W)
         rows = [few.numpy(), *(to_uint8(x / 2 + 0.5) for x in scales)]
@@ -1012,7 +999,8 @@ class TokenizerStage(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales.
+    """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales, which is
+    -log p of equation (6) per token.
 
     train and val: stored tokens (N, views, L) and labels (N,), as tokenize() returns them.
     """
@@ -1058,9 +1046,9 @@ class TransformerStage(nn.Module):
         """Loss and token error on a thousand validation images. Writes samples.png: eight samples
         of each of the first ten classes, two above 128 px."""
         config, rows = self.config, []
-        count = 8 if config.size <= 128 else 2
+        n = 8 if config.size <= 128 else 2
         for label in range(min(10, self.var.num_classes)):
-            images = self.var.generate(self.vae, [label] * count, seed=label, **config.sampling)
+            images = self.var.generate(self.vae, [label] * n, seed=label, **config.sampling)
             rows.append(to_uint8(images))
         save_image(config.out / 'samples.png', [make_grid(rows)])
         wanted = readable(self.val_set[0])
@@ -1094,7 +1082,8 @@ def grade_transformer(vae, var, tokens, labels, device):
 
 
 def learning_rate(progress):
-    """As a share of the peak: warm-up over 1/50 of the run, flat to 5 %, then linear to 0.01."""
+    """As a share of the peak: warm-up over 1/50 of the run, flat to 5 %, then linear to 0.01, as in
+    the release."""
     warm_up = 0.005 + 0.995 * progress / 0.02
     decay = 1 - 0.99 * max(0, progress - 0.05) / 0.95
     return min(warm_up, decay)
@@ -1121,9 +1110,9 @@ def orthogonalise(matrix, dtype):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised (Jordan, kellerjordan.github.io/posts/muon, 2024).
 
-    For weight matrices. Is stepped by a GradScaler, which sets found_inf: a tensor, not 0 if a
-    gradient is not finite. Such a step changes nothing, and nothing waits for the GPU, as in fused
-    AdamW; in torch.optim.Muon the GPU would be waited for, and dtype would always be bfloat16.
+    For weight matrices. It is stepped by a GradScaler, which sets found_inf: a tensor that is not 0
+    if a gradient is not finite. Such a step changes nothing, and nothing waits for the GPU, as in
+    fused AdamW; torch.optim.Muon would wait for the GPU, and its dtype would always be bfloat16.
     """
     _step_supports_amp_scaling = True       # tells GradScaler to set found_inf
 
@@ -1188,6 +1177,7 @@ def make_scaler(config):
 
 
 def seed_everything(*numbers):
+    """Seeds torch on all devices: what is drawn next depends on the numbers alone."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
@@ -1218,7 +1208,7 @@ def train_step(stage, optimizers, scaler, batch):
     for optimizer in optimizers:
         trained = [p for group in optimizer.param_groups for p in group['params']]
         weights = [p for p in trained if p.grad is not None]
-        # Summed here, once per step.
+        # Summed over the processes: once per step, not once per micro-batch.
         if world > 1:
             for p in weights:
                 dist.all_reduce(p.grad)
@@ -1228,23 +1218,21 @@ def train_step(stage, optimizers, scaler, batch):
         norms.append(torch.nn.utils.clip_grad_norm_(weights, 2.0))
         scaler.step(optimizer)
     scaler.update()
-    norm_before = torch.stack(norms).norm()
     seed_everything(config.seed, stage.number, stage.step)          # the same in all processes
     stage.after_step()
-    return {'loss': total, **figures, 'gradient norm': norm_before}
+    return {'loss': total, **figures, 'gradient norm': torch.stack(norms).norm()}
 
 
-def train_stage(stage, config, state):
+def train_stage(stage, state):
     """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step.
 
     Raises UserError when MOST_SKIPPED steps in a row are not finite. Ends the process when it is
     asked to stop (Ctrl-C, SIGTERM), after saving; at a second Ctrl-C, at once.
     """
-    (rank, world), device = rank_and_world(), config.device
+    (rank, world), config, device = rank_and_world(), stage.config, stage.config.device
     optimizers, scaler = make_optimizers(stage), make_scaler(config)
     if state['optimizers']:
-        wrong = (RuntimeError, ValueError, KeyError)
-        with explain('ckpt.pt does not fit these options', wrong):
+        with explain('ckpt.pt does not fit these options', (RuntimeError, ValueError, KeyError)):
             for optimizer, saved in zip(optimizers, state['optimizers'], strict=True):
                 optimizer.load_state_dict(saved)
             for name, module in stage.learned().items():
@@ -1254,7 +1242,7 @@ def train_stage(stage, config, state):
             scaler.load_state_dict(state['scaler'])
     evaluate_every = max(1, stage.steps // 5)
     show_every = max(1, min(50, stage.steps // 20))
-    log, stop = Log(config.out / 'log.csv', stage.name), []
+    stop = []                                   # the signals that asked to stop
     skipped = most_skipped = torch.zeros((), device=device)     # steps in a row, without waiting
 
     def ask_to_stop(signum, frame):
@@ -1276,7 +1264,7 @@ def train_stage(stage, config, state):
                 figures = stage.eval().evaluate()
             stage.train()                                       # dropout is on again
             if figures:
-                log.write(step, figures)
+                write_log(stage, step, figures)
                 show(f'{stage.name} {step}', figures)
 
         # Save.
@@ -1317,7 +1305,8 @@ def train_stage(stage, config, state):
             if stage.name != 'classifier':
                 figures['tokens/s'] = figures['images/s'] * sum(p * p for p in config.patch_nums)
             if rank == 0:
-                log.write(step, {f'train {name}': value for name, value in figures.items()})
+                train = {f'train {name}': value for name, value in figures.items()}
+                write_log(stage, step, train)
                 show(f'{stage.name} {step}/{stage.steps}', figures,
                      f'{(stage.steps - step) * seconds / 60:.0f} min left')
     for signum, handler in handlers.items():
@@ -1335,22 +1324,15 @@ def agree_on_stop(stop, step, last, device):
     return int(all_processes(torch.tensor([asked], device=device)).max())
 
 
-class Log:
-    """log.csv: one row per figure, (stage, step, unix time, name, value). A resumed run repeats the
-    steps since the checkpoint, and their rows."""
-
-    def __init__(self, path, stage):
-        self.path, self.stage = path, stage
-
-    def write(self, step, figures):
-        new = not self.path.exists()
-        with open(self.path, 'a', newline='') as f:
-            rows = csv.writer(f)
-            if new:
-                rows.writerow(['stage', 'step', 'time', 'name', 'value'])
-            now = f'{time.time():.1f}'
-            for name, value in figures.items():
-                rows.writerow([self.stage, step, now, name, value])
+def write_log(stage, step, figures):
+    """Appends to log.csv one row per figure: (stage, step, unix time, name, value). A resumed run
+    repeats the steps since the checkpoint, and their rows."""
+    with open(stage.config.out / 'log.csv', 'a', newline='') as f:
+        rows, now = csv.writer(f), f'{time.time():.1f}'
+        if f.tell() == 0:                                       # a new file
+            rows.writerow(['stage', 'step', 'time', 'name', 'value'])
+        for name, value in figures.items():
+            rows.writerow([stage.name, step, now, name, value])
 
 
 def show(title, figures, *more):
@@ -1396,8 +1378,7 @@ def make_var(config, vae, num_classes, resumed):
     if config.init and not resumed:
         weights = read_checkpoint(config.init).get('var')
     if weights:
-        weights, fresh = dict(weights), var.class_emb.weight.detach()
-        known = weights['class_emb.weight']                     # (classes + 1, w)
+        fresh, known = var.class_emb.weight.detach(), weights['class_emb.weight']   # (classes+1, w)
         # Another number of classes gets new class embeddings; "no class" keeps its own.
         if known.shape[1:] == fresh.shape[1:] and len(known) != len(fresh):
             weights['class_emb.weight'] = torch.cat([fresh[:-1], known[-1:]])
@@ -1420,7 +1401,7 @@ def make_perceptual(config, train, val, num_classes, state):
     if state['stage'] == 'classifier':
         stage = ClassifierStage(config, classifier, train, val)
         describe(stage, classifier)
-        train_stage(stage, config, state)
+        train_stage(stage, state)
         state.update(stage='tokenizer', step=0, optimizers=None)    # where --resume continues
         if dist.is_initialized():
             for statistic in classifier.buffers():
@@ -1500,7 +1481,7 @@ def main():
         stage = TokenizerStage(config, vae, train, val, perceptual).to(device)
         del perceptual                          # so that it ends with the stage
         describe(stage, vae)
-        train_stage(stage, config, state)
+        train_stage(stage, state)
         state.pop('adversarial', None)
         state.pop('classifier', None)
         state.update(stage='transformer', step=0, optimizers=None)  # where --resume continues
@@ -1512,7 +1493,7 @@ def main():
     stored_val = tokenize(vae, val, config, 'val')
     stage = TransformerStage(config, vae, var, stored, stored_val)
     describe(stage, var)
-    train_stage(stage, config, state)
+    train_stage(stage, state)
     if rank == 0:
         names = ('version', 'config', 'classes', 'words', 'patch_nums', 'sampling', 'vae', 'var')
         final = {name: state[name] for name in names}

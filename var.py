@@ -455,8 +455,10 @@ def load(path, tokenizer=None):
     if ckpt.get('version', VERSION) != VERSION:
         raise UserError(f'{path} has layout {ckpt["version"]}, this code reads {VERSION}')
     if not ckpt.get('vae'):
-        raise UserError(f'{tokenizer or path} has no tokenizer: with a released transformer, add '
-                        '--tokenizer vae_ch160v4096z32.pth')
+        hint = 'with a released transformer, add --tokenizer vae_ch160v4096z32.pth'
+        if 'classifier' in ckpt:                # train.py was stopped before stage 1
+            hint = 'continue with train.py --resume'
+        raise UserError(f'{tokenizer or path} has no tokenizer: {hint}')
     var = None
     if ckpt.get('var'):
         with explain(f'{path}: not the weights of a transformer', UNLOADABLE):
