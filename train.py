@@ -364,13 +364,14 @@ def images_below(root, folder):
 
 def by_class(root, folder):
     """{class: names of images} of the class folders in root / folder. Without any, the images that
-    lie in it are the class ''."""
+    lie in it are the class ''. {} without images."""
     found = {name: images_below(root, os.path.join(folder, name))
              for name in subfolders(root / folder)}
     empty = [name for name, names in found.items() if len(names) == 0]
     found = {name: names for name, names in found.items() if len(names) > 0}
     if not found:
-        return {'': images_below(root, folder)}
+        names = images_below(root, folder)
+        return {'': names} if len(names) > 0 else {}
     if empty:
         tell(f'no images in these class folders, left out: {", ".join(empty)}')
     return found
@@ -380,7 +381,7 @@ def validation_images(root, folder, train):
     """{class: names of images} of a validation folder; {} without any, or without labels."""
     found = by_class(root, folder)
     annotations = root / folder / 'val_annotations.txt'
-    if annotations.exists():                                    # Tiny ImageNet: file, class, box
+    if found and annotations.exists():                          # Tiny ImageNet: file, class, box
         with open(annotations, newline='') as f:
             class_of = {row[0]: row[1] for row in csv.reader(f, delimiter='\t')}
         groups = {}
@@ -388,9 +389,8 @@ def validation_images(root, folder, train):
             label = class_of.get(os.path.basename(os.fsdecode(name)), 'unknown')
             groups.setdefault(label, []).append(name)
         return {label: np.array(names) for label, names in groups.items()}
-    is_empty = not any(len(names) for names in found.values())
-    without_labels = '' in found and '' not in train
-    return {} if is_empty or without_labels else found
+    without_labels = '' in found
+    return {} if without_labels and '' not in train else found
 
 
 def hold_out(groups):
@@ -432,7 +432,7 @@ def read_folder(root, classes='', limit=0):
         root = root / inner[0]
     train_folder, val_folder = find_splits(root)
     train = by_class(root, train_folder)
-    if not any(len(names) for names in train.values()):
+    if not train:
         packed = [*root.glob('**/*.parquet'), *root.glob('**/*.zip')]
         hint = f'{packed[0].name} has to be unpacked into image files; ' if packed else ''
         raise UserError(f'--data {asked}: no images in it; {hint}{LAYOUTS}')

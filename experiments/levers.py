@@ -43,18 +43,13 @@ def average(stage):
     """Samples come from an EMA of the weights, with decay 0.999, and not from the last ones."""
     stage.average = AveragedModel(stage.var, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     stage.average.requires_grad_(False)
-    learned = stage.learned()
-    stage.learned = lambda: {**learned, 'average': stage.average}
+    stage.learned = lambda: {'var': stage.var, 'average': stage.average}
     stage.after_step = lambda: stage.average.update_parameters(stage.var)
 
 
-def no_label_dropout(stage):
-    """"No class" is then never trained, and guidance has nothing to guide away from."""
-    stage.var.label_dropout = 0.
-
-
-def half_label_dropout(stage):
-    stage.var.label_dropout = 0.05
+def label_dropout(rate, stage):
+    """With rate 0 "no class" is never trained, and guidance has nothing to guide away from."""
+    stage.var.label_dropout = rate
 
 
 def equal_scales(stage):
@@ -84,8 +79,8 @@ LEVERS = {
     'depth 5': {'config': {'depth': 5}},
     'flips': {'config': {'flip': True}},
     'averaged weights': {'change': average},
-    'label dropout 0': {'change': no_label_dropout},
-    'label dropout 0.05': {'change': half_label_dropout},
+    'label dropout 0': {'change': partial(label_dropout, 0.)},
+    'label dropout 0.05': {'change': partial(label_dropout, 0.05)},
     'scales count the same': {'change': equal_scales}}
 
 
