@@ -9,7 +9,6 @@
 Paper: Section 5.1, Table 3 (guidance, top-k). Editing, rejection sampling and evaluation are in
 experiments/. Letters: B images per batch, N in all, H x W pixels, K scales.
 """
-import argparse
 import os
 import shutil
 import time
@@ -19,16 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from tokenizer import UserError, batch_size, make_grid, save_image, to_uint8, write_file
 from var import (PRECISIONS, Parser, cast_linear_weights, compile_forward, load, number,
-                 pick_device, precision, rank_and_world, record_generate, run)
+                 pick_device, precision, rank_and_world, record_generate, run, wait_for_all)
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--ckpt', type=Path, default=Path('ckpt.pt'), help='of train.py, or a released transformer')
     add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
@@ -122,8 +119,7 @@ def draw_batches(vae, var, labels, args, options, folder):
             write_file(path, lambda f: np.savez(f, **arrays))
         left = (time.time() - began) / done * (len(mine) - done)
         print(f'\r{done} of {len(mine)} batches, {left:.0f} s left ', end='', flush=True)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
 
 
 def read_batches(folder, count, name):

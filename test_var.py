@@ -991,6 +991,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     with torch.no_grad():
         stage.vae.decoder.conv_out.bias[0] = math.nan
     train.train_step(stage, optimizers, scaler, [images])
+    assert scaler.get_scale() == 1                              # GradScaler would have halved it
     before['vae.decoder.conv_out.bias'][0] = math.nan
     for k, v in stage.state_dict().items():
         if 'quantize' not in k:                                 # the encoder's vectors were finite
@@ -1307,7 +1308,7 @@ def test_the_plan_counts_epochs(trained, tmp_path, monkeypatch, capsys):
     assert stage.steps == 6                                     # of 16 images
     stage = small_stage('transformer', tmp_path, batch=8, steps=9999)
     train.describe(stage, stage.var)
-    assert 'warning: every image is seen 5000 times' in capsys.readouterr().out
+    assert 'warning: every example is seen 5000 times' in capsys.readouterr().out
 
 
 def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_path):
@@ -1338,6 +1339,7 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
         (train, ['--lr', 'x'], "invalid float value: 'x'"), (train, ['--seed', -1], 'at least 0'),
         (train, ['--precision', 'int8'], 'choose from'), (train, ['--nothing', 1], 'unrecognized'),
         (train, ['--resume'], 'No such file'), (train, ['--resume', '--out', trained / 'images'], 'No such'),
+        (train, ['--resume', '--out', trained, '--preset', 'long'], 'this run has --preset 32'),
         (train, ['--resume', '--out', 'old'], 'nothing to resume'),
         (train, [*data, '--classes', 'cow', *TINY], 'no such class'),
         (train, [*data, *TINY, '--classifier-steps', 0, '--vgg', 'var.pth'], 'VGG-16'),

@@ -376,7 +376,8 @@ class VQVAE(nn.Module):
         """Algorithm 1: images (B, 3, H, W) in [-1, 1] -> K token maps (B, l).
 
         In float32 even inside autocast: with bfloat16 in the encoder, up to 5 % of the tokens of
-        the fine scales would be others.
+        the fine scales would be others. (From Ampere on, PyTorch computes the convolutions of
+        float32 in TF32, unless torch.backends.cudnn.allow_tf32 is False.)
         """
         with torch.autocast(images.device.type, enabled=False):
             return [r_k for r_k, _, _ in self.quantize.algorithm1(self.to_latent(images))]
@@ -545,6 +546,12 @@ def crop(image, size, short=None, rng=None):
 def to_tensor(arrays):
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(images, others):
+    """PSNR in dB of each image: (B, 3, H, W) in [-1, 1], twice -> (B,)."""
+    mse = (images - others).square().mean((1, 2, 3))
+    return -10 * (mse / 4).clamp_min(1e-10).log10()                 # peak to peak is 2
 
 
 def to_uint8(images):

@@ -9,8 +9,8 @@
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
 Departures from the paper and the released recipe:
 - Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops.
-- At every depth the learning rate decays to 0.01 of its peak, which is 1e-4 per 256 images (at
-  least 1e-4) unless a preset has another. AdamW's weight decay is 0.05. Batches and the number of
+- The learning rate decays to 0.01 of its peak at every depth. The peak is 1e-4 per 256 images, and
+  at least 1e-4; some presets have others. AdamW's weight decay is 0.05. Batches and the number of
   steps are smaller.
 - In the presets for CIFAR-10, Muon trains the weight matrices of the blocks, and AdamW the rest.
 - L_P is LPIPS without its learned weights. In the presets for CIFAR-10 it compares the features of
@@ -20,6 +20,8 @@ What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a
 killed and resumed therefore ends with the same bits as one that was not. Several processes train as
 one does, but for the dropout that each of them draws, and the classifier's batch normalisation,
 which sees only the images of its process.
+Writes into --out: ckpt.pt, to resume from; model.pt, the weights alone; log.csv, all figures;
+reconstructions.png and samples.png; tokens-*.npy, the stored tokens.
 
 Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales, V codes,
 z code dimension.
@@ -33,7 +35,7 @@ import sys
 import tarfile
 import time
 import zlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -46,11 +48,11 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from tokenizer import (VQVAE, UserError, all_processes, batch_size, conv3x3, crop, explain,
-                       group_norm, make_grid, open_image, save_image, to_tensor, to_uint8,
-                       write_file)
+                       group_norm, make_grid, open_image, psnr, save_image, to_tensor,
+                       to_uint8, write_file)
 from var import (PRECISIONS, RELEASED, UNLOADABLE, VAR, VERSION, Parser, choose_precision,
                  compile_forward, number, pick_device, precision, rank_and_world, read_checkpoint,
-                 run)
+                 run, wait_for_all)
 
 # Addresses of what users fetch, and their sha256 or its first digits (torch.hub checks either).
 VAE = ('https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth',
@@ -111,7 +113,8 @@ class Config:
     muon_lr: float = option(0., 'peak learning rate of Muon, for the weight matrices of the '
                             'blocks; 0: AdamW for all', nonnegative)
     views: int = option(1, 'stored crops per image: the centre, then random ones', at_least_1)
-    flip: bool = option(False, 'mirror at random in stage 1, and every second view in stage 2')
+    flip: bool = option(False, 'mirror at random in stage 1, and every second view in stage 2, '
+                        'which has two views at least')
     perceptual: float = option(1., 'weight of L_P in equation (5)', nonnegative)
     classifier_steps: int = option(0, 'steps of the classifier whose features L_P compares; it '
                                    'is trained first. 0: L_P compares those of VGG-16', count)
@@ -136,6 +139,11 @@ class Config:
     def has_classifier(self):
         """Whether the run begins with the classifier of L_P."""
         return self.tokenizer == 'train' and self.perceptual > 0 and self.classifier_steps > 0
+
+    def settings(self):
+        """What defines the run, and is saved with its weights, as a dict."""
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if f.metadata.get('saved', True)}
 
 
 # The presets hold what differs from Config. At 32 px a CPU makes more of many small steps than of
@@ -176,15 +184,14 @@ PRESETS = {
 
 def parse():
     """What the command line gives, as a dict; an option that is not given is not in it."""
-    parser = Parser(description=__doc__, epilog='[In brackets]: the defaults of 256 px.',
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, epilog='[In brackets]: the defaults of 256 px.',
+                    argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         if 'help' not in f.metadata:
             continue
         name, text = '--' + f.name.replace('_', '-'), f.metadata['help']
         if f.default not in (None, ''):
-            text += f' [{f.default}]'                           # that of 256 px, or of every preset
+            text += f' [{f.default}]'           # of 256 px, or the same in every preset
         if f.type is bool:
             parser.add_argument(name, action='store_true', help=text)
         else:
@@ -205,8 +212,10 @@ def default_preset(data, size):
 def make_config(given, saved):
     """The Config of a run. The command line (given) comes first, then what a resumed run had
     (saved), then the preset, then the defaults. UserError for values that do not fit together."""
-    known = {f.name for f in fields(Config)}
+    known = {f.name for f in fields(Config)}            # an older run can have others
     chosen = {name: value for name, value in saved.items() if name in known} | given
+    if 'preset' in given and given['preset'] != saved.get('preset', given['preset']):
+        raise UserError(f'--preset {given["preset"]}: this run has --preset {saved["preset"]}')
     if not chosen.get('preset'):
         chosen['preset'] = default_preset(chosen.get('data', Config.data), chosen.get('size'))
     if chosen['preset'] not in PRESETS:
@@ -282,8 +291,7 @@ def fetch(address, sha256, folder=Path('data')):
         folder.mkdir(parents=True, exist_ok=True)
         with explain(f'cannot fetch {address}', (OSError, RuntimeError), f'bring it to {path}'):
             torch.hub.download_url_to_file(address, str(path), sha256, sys.stderr.isatty())
-    if dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
     return path
 
 
@@ -625,15 +633,13 @@ def tokens_key(vae, images, views, config):
 
 def open_tokens(path, shape):
     """The file of stored tokens, memory-mapped; made if it is not there, full of zeros."""
-    rank, world = rank_and_world()
-    if rank == 0 and not path.exists():
+    if rank_and_world()[0] == 0 and not path.exists():
         for old in path.parent.glob(path.name.rpartition('-')[0] + '-*.npy'):
             old.unlink()                                # of another tokenizer or other images
         part = path.with_suffix('.part')
         np.lib.format.open_memmap(part, 'w+', np.int16, shape).flush()
         part.replace(path)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     with explain(path, (OSError, ValueError), 'delete it'):
         return np.lib.format.open_memmap(path, 'r+')
 
@@ -683,8 +689,7 @@ def tokenize(vae, images, config, name, views=1):
             left = (time.time() - began) / done * (len(batches) - done)
             tell(f'tokens of {name}: {B * done} of {len(missing)} images, {left:.0f} s left')
     stored.flush()
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     return stored, images.labels
 
 
@@ -747,7 +752,7 @@ class VGG16(PerceptualLoss):
 
 
 class Classifier(PerceptualLoss):
-    """Features of three depths of a classifier of the training images themselves.
+    """Features of three depths of a classifier that is trained on the same images.
 
     At 32 px a VGG-16 would cost more than the tokenizer. The features have the sides H, H/2, H/4.
     Batch normalisation learns faster here than group normalisation: after 300 steps on CIFAR-10,
@@ -804,14 +809,14 @@ class AdversarialLoss(nn.Module):
         self.disc = PatchDiscriminator()
         self.register_buffer('weight', torch.zeros(()))                     # lambda_G
         # Sums over the micro-batches of one step, and so not part of a checkpoint.
-        self.register_buffer('pull', torch.zeros_like(last_layer), persistent=False)
-        self.register_buffer('push', torch.zeros_like(last_layer), persistent=False)
+        self.register_buffer('grad_others', torch.zeros_like(last_layer), persistent=False)
+        self.register_buffer('grad_fool', torch.zeros_like(last_layer), persistent=False)
 
-    def forward(self, images, rebuilt, others, last_layer, part):
+    def forward(self, images, rebuilt, others, last_layer, fraction):
         """The loss to minimise, of decoder and discriminator at once, a scalar.
 
-        images, rebuilt (B, 3, H, W); others: the sum of the other losses, a scalar; part: the share
-        of this micro-batch in the batch.
+        images, rebuilt (B, 3, H, W); others: the sum of the other losses, a scalar; fraction: how
+        much of the batch this micro-batch is.
         """
         # For the decoder the discriminator's weights are constants, and the other way round, so
         # that one optimizer and one backward pass serve both.
@@ -819,23 +824,23 @@ class AdversarialLoss(nn.Module):
         # In float32, because the gradient of a mean, times lambda_G and a scaler, exceeds float16.
         fool = -torch.func.functional_call(self.disc, constants, rebuilt).float().mean()
         real, fake = self.disc(images).float(), self.disc(rebuilt.detach()).float()
-        judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
+        judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2            # the discriminator's
         # The factor keeps small gradients from vanishing in float16; their ratio is the same.
-        for loss, total in ((others, self.pull), (fool, self.push)):
+        for loss, total in ((others, self.grad_others), (fool, self.grad_fool)):
             (gradient,) = torch.autograd.grad(4096 * loss, last_layer, retain_graph=True)
-            total += part * gradient
+            total += fraction * gradient
         return self.weight * fool + judge
 
     @torch.no_grad()
     def after_step(self):
         """Sets lambda_G for the next step, from the gradients of the whole batch."""
-        for total in (self.pull, self.push):
+        for total in (self.grad_others, self.grad_fool):
             if dist.is_initialized():
                 dist.all_reduce(total)
-        weight = self.share * self.pull.norm() / (self.push.norm() + 1e-4)
+        weight = self.share * self.grad_others.norm() / (self.grad_fool.norm() + 1e-4)
         self.weight.copy_(torch.where(weight.isfinite(), weight.clamp_max(1e4), self.weight))
-        self.pull.zero_()
-        self.push.zero_()
+        self.grad_others.zero_()
+        self.grad_fool.zero_()
 
 
 # ---- The stages: what is trained, on what, and by which loss ----
@@ -853,19 +858,36 @@ def random_crops(images, config, batch, start, stop):
     return images.load(requests(), config.workers)
 
 
-class ClassifierStage(nn.Module):
+class Stage(nn.Module):
+    """What the loop trains. forward(*batch) returns the loss, a scalar, and figures to show. And:
+
+    name, number            in the log, and in the seed of a step
+    steps, batch, micro_batch, lr, muon_lr      muon_lr 0: AdamW for all
+    rows                    what one epoch consists of
+    step                    is set by the loop
+    learned()               the modules that a checkpoint holds, by name
+    batches(start)          for each step from start: this process's tensors, on the CPU
+    after_step()            what follows the optimizers' step
+    evaluate()              figures on validation images, by name; {}: none yet
+    """
+    step, muon_lr = 0, 0.
+
+    def after_step(self):
+        pass
+
+
+class ClassifierStage(Stage):
     """Before stage 1: the classifier whose features L_P compares. Its batch and learning rate are
     those that suit CIFAR-10 on a CPU."""
     name, number = 'classifier', 3
-    lr, muon_lr = 3e-3, 0.
+    lr = 3e-3
 
     def __init__(self, config, classifier, train, val):
         super().__init__()
         self.config, self.classifier, self.train_set, self.val_set = config, classifier, train, val
         self.steps = config.classifier_steps
         self.batch = self.micro_batch = 128 - 128 % rank_and_world()[1]
-        self.rows = len(train)          # what one epoch consists of
-        self.step = 0                   # set by the loop
+        self.rows = len(train)
 
     def learned(self):
         return {'classifier': self.classifier}
@@ -882,9 +904,6 @@ class ClassifierStage(nn.Module):
         accuracy = (logits.argmax(1) == labels).float().mean()
         return F.cross_entropy(logits, labels), {'accuracy': accuracy}
 
-    def after_step(self):
-        pass
-
     @torch.no_grad()
     def evaluate(self):
         """Share of a thousand validation images that are classified correctly."""
@@ -896,22 +915,20 @@ class ClassifierStage(nn.Module):
         return {'accuracy': (torch.cat(found) == labels).double().mean().item()}
 
 
-class TokenizerStage(nn.Module):
+class TokenizerStage(Stage):
     """Stage 1 of Fig. 4: the VQVAE, by equation (5)."""
     name, number = 'tokenizer', 1
     # The first quarter of the steps trains an autoencoder without quantization. The second half
     # has the adversarial loss, too.
     quantize_from, adversarial_from = 0.25, 0.5
-    muon_lr = 0.
 
     def __init__(self, config, vae, train, val, perceptual=None):
         super().__init__()
         self.config, self.vae, self.train_set, self.val_set = config, vae, train, val
         self.steps, self.lr = config.tokenizer_steps, config.tokenizer_lr
         self.batch, self.micro_batch = config.tokenizer_batch, config.tokenizer_micro_batch
-        self.rows = len(train)          # what one epoch consists of
-        self.step = 0                   # set by the loop
-        self.usage = []                 # tokens and vectors of the micro-batches of a step
+        self.rows = len(train)
+        self.assigned = []              # tokens and vectors of the micro-batches of a step
         if config.init:                 # a tokenizer that is trained already
             self.quantize_from = 0.
         self.perceptual, self.adversarial = perceptual, None
@@ -930,7 +947,6 @@ class TokenizerStage(nn.Module):
         return self.adversarial is not None and late
 
     def learned(self):
-        """What a checkpoint of this stage holds."""
         modules = {'vae': self.vae, 'adversarial': self.adversarial}
         return {name: module for name, module in modules.items() if module is not None}
 
@@ -942,21 +958,21 @@ class TokenizerStage(nn.Module):
         """uint8 (B, H, W, 3) -> the loss (5), a scalar, and figures to show."""
         images = to_tensor(images)                                          # (B, 3, H, W)
         if self.step < self.quantize_from * self.steps:
-            rebuilt, quantizer = self.vae.to_image(self.vae.to_latent(images)), 0.
+            rebuilt, quantizer_loss = self.vae.to_image(self.vae.to_latent(images)), 0.
         else:
-            rebuilt, quantizer, *usage = self.vae(images)
-            self.usage.append(usage)
+            rebuilt, quantizer_loss, tokens, vectors = self.vae(images)
+            self.assigned.append((tokens, vectors))
         mse = F.mse_loss(rebuilt, images)                                   # || im - im_hat ||
         # L1 is not in (5): it keeps edges sharper.
-        loss = mse + 0.2 * F.l1_loss(rebuilt, images) + quantizer           # + || f - f_hat ||
+        loss = mse + 0.2 * F.l1_loss(rebuilt, images) + quantizer_loss      # + || f - f_hat ||
         figures = {'PSNR': -10 * torch.log10(mse.detach() / 4),             # peak to peak is 2
-                   'quantizer': torch.as_tensor(quantizer).detach()}
+                   'quantizer': torch.as_tensor(quantizer_loss).detach()}
         if self.perceptual is not None:
             distance = self.perceptual(rebuilt, images)                     # L_P
             loss = loss + self.config.perceptual * distance                 # + lambda_P L_P
         if self.has_adversarial_loss:
-            last_layer, part = self.vae.decoder.conv_out.weight, len(images) / self.batch
-            loss = loss + self.adversarial(images, rebuilt, loss, last_layer, part)
+            last_layer, fraction = self.vae.decoder.conv_out.weight, len(images) / self.batch
+            loss = loss + self.adversarial(images, rebuilt, loss, last_layer, fraction)
             figures['lambda_G'] = self.adversarial.weight.clone()
         return loss, figures
 
@@ -964,13 +980,13 @@ class TokenizerStage(nn.Module):
         """Moves the codebook, with the vectors of all micro-batches. In quantized step t it becomes
         the mean over the t + 1 batches so far, as in k-means; from t = 49 on it is an EMA with
         decay 0.98. For a tokenizer that was trained before it is one from the start."""
-        if self.usage:
+        if self.assigned:
             t = self.step - self.quantize_from * self.steps
-            tokens = torch.cat([tokens for tokens, _ in self.usage])        # (B, L)
-            vectors = torch.cat([vectors for _, vectors in self.usage])     # (B, L, z)
+            tokens = torch.cat([tokens for tokens, _ in self.assigned])     # (B, L)
+            vectors = torch.cat([vectors for _, vectors in self.assigned])  # (B, L, z)
             decay = 0.98 if self.config.init else min(0.98, t / (t + 1))
             self.vae.quantize.update(tokens, vectors, decay)
-            self.usage.clear()
+            self.assigned.clear()
         if self.has_adversarial_loss:
             self.adversarial.after_step()
 
@@ -987,18 +1003,17 @@ class TokenizerStage(nn.Module):
         scales = vae.decode_scales(vae.encode(to_tensor(few.to(device))))   # K of (8, 3, H, W)
         rows = [few.numpy(), *(to_uint8(x / 2 + 0.5) for x in scales)]
         save_image(self.config.out / 'reconstructions.png', [make_grid(rows)])
-        psnr, hits = [], 0
+        decibels, hits = [], 0
         for part in images.split(batch_size(self.config.size)):
             part = to_tensor(part.to(device))                               # (B, 3, H, W)
             tokens = vae.encode(part)
-            mse = (vae.decode(tokens) - part).square().mean((1, 2, 3))      # (B,)
-            psnr.append(-10 * (mse / 4).clamp_min(1e-10).log10())
+            decibels.append(psnr(vae.decode(tokens), part))                 # (B,)
             hits = hits + vae.quantize.count(torch.cat(tokens, dim=1))      # (K, V)
         used = (hits.sum(0) > 0).float().mean()
-        return {'PSNR': torch.cat(psnr).mean().item(), 'codebook usage': used.item()}
+        return {'PSNR': torch.cat(decibels).mean().item(), 'codebook usage': used.item()}
 
 
-class TransformerStage(nn.Module):
+class TransformerStage(Stage):
     """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales, which is
     -log p of equation (6) per token.
 
@@ -1013,8 +1028,7 @@ class TransformerStage(nn.Module):
         self.lr, self.muon_lr = config.lr, config.muon_lr
         self.batch, self.micro_batch = config.batch, config.micro_batch
         self.readable = readable(train[0])
-        self.rows = len(self.readable)  # what one epoch consists of
-        self.step = 0                   # set by the loop
+        self.rows = len(self.readable)
         self.steps = config.steps
         if config.epochs:
             self.steps = min(config.steps, math.ceil(config.epochs * self.rows / self.batch))
@@ -1038,9 +1052,6 @@ class TransformerStage(nn.Module):
         logits, loss = self.var(labels, self.vae.var_input(maps), tokens)
         accuracy = (logits.argmax(-1) == tokens).float().mean()     # on ImageNet 4 to 6 % is normal
         return loss, {'accuracy': accuracy}
-
-    def after_step(self):
-        pass
 
     def evaluate(self):
         """Loss and token error on a thousand validation images. Writes samples.png: eight samples
@@ -1167,13 +1178,20 @@ def make_optimizers(stage):
     return optimizers
 
 
+class FixedScaler(torch.amp.GradScaler):
+    """A GradScaler whose scale stays 1: by default each step that is left out would halve it."""
+
+    def update(self):
+        super().update(1.)
+
+
 def make_scaler(config):
     """Leaves out steps whose gradients are not finite, without waiting for the GPU. In float16 it
-    also scales the loss, so that small gradients do not vanish; else its scale does not grow."""
+    also scales the loss, so that small gradients do not vanish; else its scale stays 1."""
     name = choose_precision(config.device, config.precision)
     if name == 'float16':
         return torch.amp.GradScaler(config.device.type, init_scale=2. ** 16)
-    return torch.amp.GradScaler(config.device.type, init_scale=1., growth_interval=2 ** 31 - 1)
+    return FixedScaler(config.device.type, init_scale=1., growth_interval=2 ** 31 - 1)
 
 
 def seed_everything(*numbers):
@@ -1237,13 +1255,14 @@ def train_stage(stage, state):
                 optimizer.load_state_dict(saved)
             for name, module in stage.learned().items():
                 module.load_state_dict(state[name])
-        # Under another --precision the scaler starts anew.
+        # The growth interval tells float16 from the others: after a change the scaler starts anew.
         if state['scaler']['growth_interval'] == scaler.get_growth_interval():
             scaler.load_state_dict(state['scaler'])
     evaluate_every = max(1, stage.steps // 5)
     show_every = max(1, min(50, stage.steps // 20))
     stop = []                                   # the signals that asked to stop
-    skipped = most_skipped = torch.zeros((), device=device)     # steps in a row, without waiting
+    # How many steps in a row were not finite: now, and at most. Nothing waits for these tensors.
+    skipped = most_skipped = torch.zeros((), device=device)
 
     def ask_to_stop(signum, frame):
         if stop and signum == signal.SIGINT:
@@ -1259,7 +1278,7 @@ def train_stage(stage, state):
         stage.step, last = step, step == stage.steps
 
         # Evaluate. One process does, and the others wait for its next step.
-        if rank == 0 and (last or step and step % evaluate_every == 0):
+        if rank == 0 and (last or (step > 0 and step % evaluate_every == 0)):
             with precision(device, config.precision):
                 figures = stage.eval().evaluate()
             stage.train()                                       # dropout is on again
@@ -1268,7 +1287,7 @@ def train_stage(stage, state):
                 show(f'{stage.name} {step}', figures)
 
         # Save.
-        stopped = agree_on_stop(stop, step, last, device)
+        stopped = agree_on_stop(stop, device)
         if rank == 0 and (last or stopped or time.time() > next_save):
             before = time.time()
             for name, module in stage.learned().items():
@@ -1279,8 +1298,7 @@ def train_stage(stage, state):
             took = time.time() - before
             next_save = time.time() + (max(SAVE_EVERY, took / SAVE_SHARE) if SAVE_EVERY else 0)
         if stopped:
-            if world > 1:
-                dist.barrier()                  # torchrun ends all processes as soon as one ends
+            wait_for_all()                      # torchrun ends all processes as soon as one ends
             tell(f'stopped at {stage.name} step {step}; --resume continues')
             sys.exit(128 + stopped)
         if last:
@@ -1290,7 +1308,7 @@ def train_stage(stage, state):
         figures = train_step(stage, optimizers, scaler, next(batches))
         skipped = torch.where(figures['gradient norm'].isfinite(), 0., skipped + 1)
         most_skipped = torch.maximum(most_skipped, skipped)
-        # Between evaluations, a single process waits for the GPU only here.
+        # Between evaluations and checkpoints, a single process waits for the GPU only here.
         if step % show_every == 0:
             if most_skipped >= MOST_SKIPPED:
                 raise UserError(f'{MOST_SKIPPED} steps in a row of the {stage.name} were not '
@@ -1313,15 +1331,13 @@ def train_stage(stage, state):
         signal.signal(signum, handler)
 
 
-def agree_on_stop(stop, step, last, device):
-    """The number of the signal that asked to stop, or 0. It reaches several processes at different
-    steps: they ask each other at every tenth, as this waits for the GPU."""
+def agree_on_stop(stop, device):
+    """The number of the signal that asked to stop, or 0. Several processes receive it at different
+    steps, and have to agree at once: torchrun kills them after 30 seconds."""
     asked = max(stop, default=0)
     if not dist.is_initialized():
         return asked
-    if step % 10 and not last:
-        return 0
-    return int(all_processes(torch.tensor([asked], device=device)).max())
+    return int(all_processes(torch.tensor([asked], device=device)).max())   # waits for the GPU
 
 
 def write_log(stage, step, figures):
@@ -1369,21 +1385,21 @@ def make_vae(config, saved=None):
     return vae
 
 
-def make_var(config, vae, num_classes, resumed):
-    """The transformer: a new one, or one with the weights of --init. Those of a resumed run are
-    loaded by train_stage."""
+def make_var(config, vae, num_classes, init=''):
+    """The transformer: a new one, or one with the weights of the file `init`. Those of a resumed
+    run are loaded by train_stage."""
     V, z = vae.quantize.embedding.weight.shape
     var = VAR(config.patch_nums, config.depth, num_classes, V, z, config.saln)
     weights = None
-    if config.init and not resumed:
-        weights = read_checkpoint(config.init).get('var')
+    if init:
+        weights = read_checkpoint(init).get('var')
     if weights:
         fresh, known = var.class_emb.weight.detach(), weights['class_emb.weight']   # (classes+1, w)
         # Another number of classes gets new class embeddings; "no class" keeps its own.
         if known.shape[1:] == fresh.shape[1:] and len(known) != len(fresh):
             weights['class_emb.weight'] = torch.cat([fresh[:-1], known[-1:]])
         hint = 'it needs the --depth, the --patch-nums and the tokenizer that it was trained with'
-        with explain(f'--init {config.init}', RuntimeError, hint):
+        with explain(f'--init {init}', RuntimeError, hint):
             var.load_state_dict(weights)
     return var
 
@@ -1437,13 +1453,26 @@ def new_state(config, classes, words):
 
 
 def describe(stage, model):
-    """Prints the plan of a stage; warns where an image is seen very often."""
+    """Prints the plan of a stage; warns where an example, a view of an image, is seen too often."""
     weights = sum(p.numel() for p in model.parameters()) / 1e6
     times = stage.steps * stage.batch / stage.rows
     tell(f'{stage.name}: {weights:.1f} M weights, {stage.steps} steps of {stage.batch} images, '
-         f'{times:.3g} epochs of {stage.rows} images')
+         f'{times:.3g} epochs of {stage.rows} examples')
     if times > 1000:
-        tell(f'warning: every image is seen {times:.0f} times: fewer steps will do')
+        tell(f'warning: every example is seen {times:.0f} times: fewer steps will do')
+
+
+def train_stage_1(config, vae, train, val, num_classes, state):
+    """Trains the tokenizer from state['step'] on. In the end, state is that of stage 2's start."""
+    perceptual = make_perceptual(config, train, val, num_classes, state)
+    seed_everything(config.seed)                # a resumed run gets the same discriminator
+    stage = TokenizerStage(config, vae, train, val, perceptual).to(config.device)
+    describe(stage, vae)
+    train_stage(stage, state)
+    state.pop('adversarial', None)
+    state.pop('classifier', None)
+    state.update(stage='transformer', step=0, optimizers=None)      # where --resume continues
+    vae.zero_grad()                             # frees the gradients
 
 
 def main():
@@ -1466,27 +1495,17 @@ def main():
         config.perceptual = 0.
     seed_everything(config.seed)
     vae = make_vae(config, state.get('vae')).to(device)
-    seed_everything(config.seed)                # whatever make_vae took, var starts the same
+    seed_everything(config.seed)                # var starts the same, whatever make_vae drew
     # Before stage 2 begins, a resumed run has no transformer yet.
-    var = make_var(config, vae, len(classes), resumed='var' in state).to(device)
+    var = make_var(config, vae, len(classes), '' if 'var' in state else config.init).to(device)
     speed_up(vae, var, config)                  # fails now without a compiler, not after stage 1
     config.out.mkdir(parents=True, exist_ok=True)
     state = state or new_state(config, classes, words)
-    saved = [f.name for f in fields(Config) if f.metadata.get('saved', True)]
-    state['config'] = {name: value for name, value in asdict(config).items() if name in saved}
+    state['config'] = config.settings()
 
     if state['stage'] != 'transformer':
-        perceptual = make_perceptual(config, train, val, len(classes), state)
-        seed_everything(config.seed)            # a resumed run gets the same discriminator
-        stage = TokenizerStage(config, vae, train, val, perceptual).to(device)
-        del perceptual                          # so that it ends with the stage
-        describe(stage, vae)
-        train_stage(stage, state)
-        state.pop('adversarial', None)
-        state.pop('classifier', None)
-        state.update(stage='transformer', step=0, optimizers=None)  # where --resume continues
-    vae.eval().requires_grad_(False)                                # stage 2 leaves it as it is
-    vae.zero_grad()                                                 # frees the gradients of stage 1
+        train_stage_1(config, vae, train, val, len(classes), state)
+    vae.eval().requires_grad_(False)            # stage 2 leaves it as it is
     state['vae'] = vae.state_dict()
 
     stored = tokenize(vae, train, config, 'train', config.views)

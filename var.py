@@ -507,6 +507,12 @@ def rank_and_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def wait_for_all():
+    """Returns when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 PRECISIONS = ('bfloat16', 'float16', 'float32')
 
 
@@ -605,7 +611,12 @@ def record_generate(var, vae, B, **options):
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong options become a UserError: one line, without the usage text."""
+    """Shows the description as it is written, and takes no abbreviated options. Wrong options
+    become a UserError: one line, without the usage text."""
+
+    def __init__(self, description, **more):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         raise UserError(f'{message}; see --help')
@@ -636,9 +647,10 @@ def run(main, out_of_memory='a smaller --batch'):
     except (UserError, OSError) as e:
         message = str(e)
     except (RuntimeError, MemoryError) as e:
-        # Of CUDA, of torch on the CPU, of numpy.
-        names = ('OutOfMemory', 'allocate memory', 'MemoryError')
-        if not any(name in f'{type(e).__name__} {e}' for name in names):
+        # Of CUDA and its libraries, of torch on the CPU, of numpy.
+        signs = ('out of memory', 'alloc_failed', 'allocate memory', 'memoryerror')
+        text = f'{type(e).__name__} {e}'.lower()
+        if not any(sign in text for sign in signs):
             raise
         message = f'out of memory: try {out_of_memory}'
     print(f'error: {message}', file=sys.stderr, flush=True)

@@ -13,10 +13,8 @@ Writes ablation.md, the table, and ablation.png, the first sample of each class,
 
 Letters: V codes, z code dimension, N weights.
 """
-import argparse
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -24,12 +22,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from judge import draw_classes, train_classifier                            # noqa: E402
 from raster import Raster                                                   # noqa: E402
+from runs import train_or_load, train_tokenizer, validation_loss            # noqa: E402
 from tokenizer import make_grid, save_image                                 # noqa: E402
-from train import (TokenizerStage, TransformerStage, grade_transformer,     # noqa: E402
-                   make_config, make_vae, read_data, readable, seed_everything, tokenize,
-                   train_stage)
-from var import (VAR, VERSION, Parser, number, pick_device, precision,      # noqa: E402
-                 read_checkpoint, run)
+from train import TransformerStage, make_config, read_data, tokenize        # noqa: E402
+from var import VAR, Parser, number, pick_device, run                       # noqa: E402
 
 
 class PlainNorm(VAR):
@@ -52,40 +48,8 @@ class PlainNorm(VAR):
                    if 'ada_lin' in name and p.ndim > 1)
 
 
-def settings_of(config):
-    """The part of a Config that defines a run, and that train.py saves, as a dict."""
-    return {f.name: getattr(config, f.name) for f in fields(config)
-            if f.metadata.get('saved', True)}
-
-
-def train_or_load(make_stage, config, inputs=None, **more):
-    """The stage that make_stage() returns, trained, in evaluation mode and without gradients.
-
-    It is trained in config.out, continued where it was interrupted, or only loaded if ckpt.pt there
-    is complete. A checkpoint with other settings is replaced. inputs: what the training also
-    depends on and config does not tell. more: what else ckpt.pt is to hold.
-    """
-    settings, path = settings_of(config), config.out / 'ckpt.pt'
-    config.out.mkdir(parents=True, exist_ok=True)
-    state = read_checkpoint(path) if path.exists() else {}
-    if state.get('config') != settings or state.get('inputs') != inputs:
-        state = dict(version=VERSION, config=settings, inputs=inputs, step=0, optimizers=None,
-                     **more)
-        for old in (config.out / 'log.csv', *config.out.glob('samples-*.npy')):
-            old.unlink(missing_ok=True)
-    seed_everything(config.seed)
-    stage = make_stage()
-    if state['step'] < stage.steps:
-        train_stage(stage, state)
-    else:
-        for name, module in stage.learned().items():
-            module.load_state_dict(state[name])
-    return stage.eval().requires_grad_(False)
-
-
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data', default='shapes', help='as for train.py')
     add('--depth', type=number(int, 1), default=3, help='of all rows but the last (default: 3)')
@@ -118,15 +82,6 @@ def table_rows(args):
         (f'+ deeper (depth {args.deeper})', 'deeper', 'scales', VAR, args.deeper, True, guided)]
 
 
-def train_tokenizer(config, train, val):
-    """The VQVAE of a config, trained on two ImageSets."""
-    def make_stage():
-        vae = make_vae(config).to(config.device)
-        return TokenizerStage(config, vae, train, val).to(config.device)
-
-    return train_or_load(make_stage, config).vae
-
-
 def train_transformer(config, vae, stored, stored_val, model, num_classes, qk_norm):
     """A transformer of class `model` that is trained on stored tokens, and its validation loss in
     nats per token."""
@@ -136,10 +91,7 @@ def train_transformer(config, vae, stored, stored_val, model, num_classes, qk_no
         return TransformerStage(config, vae, var.to(config.device), stored, stored_val)
 
     stage = train_or_load(make_stage, config)
-    tokens, labels = stage.fetch_rows(stored_val, readable(stored_val[0]))  # (N, L), (N,)
-    with precision(config.device):
-        figures = grade_transformer(vae, stage.var, tokens, labels, config.device)
-    return stage.var, figures['loss']
+    return stage.var, validation_loss(stage, stage.var)
 
 
 def main():
@@ -168,8 +120,7 @@ def main():
     for name, folder, tokens, model, depth, qk_norm, sampling in table_rows(args):
         vae = vaes[tokens]
         if folder not in trained:
-            given = dict(base, patch_nums=patch_nums[tokens], depth=depth, sampling=sampling,
-                         out=args.out / folder)
+            given = dict(base, patch_nums=patch_nums[tokens], depth=depth, out=args.out / folder)
             trained[folder] = train_transformer(make_config(given, {}), vae, *stored[tokens], model,
                                                 len(classes), qk_norm)
         var, loss = trained[folder]

@@ -12,7 +12,6 @@ Writes bench.csv and bench.png, the comparison of VAR and raster-scan AR.
 
 Letters: B images per batch, n side of the last token map, d depth, V codes, L tokens of all scales.
 """
-import argparse
 import csv
 import statistics
 import sys
@@ -193,8 +192,7 @@ def draw(sides, times, growth, d, path):
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--depths', type=number(int, 1), nargs='+', default=[2, 4, 6, 16],
         help='that are trained and sampled, at 256 px (default: 2 4 6 16)')

@@ -1,6 +1,6 @@
 """Stage 1 (Section 3.2): what each choice in the tokenizer's training contributes.
 
-    python experiments/choices.py --data cifar10                    # eleven short runs
+    python experiments/choices.py --data cifar10                    # sixteen short runs
     python experiments/choices.py --data cifar10 --seeds 5          # five seeds of the defaults
 
 Each run differs from COMMON in one choice and trains on the same images. It has a folder of its
@@ -10,7 +10,6 @@ Writes choices.md, or seeds.md with --seeds.
 
 Letters: K scales, L tokens of all scales.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,15 +17,15 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ablation import train_or_load                                          # noqa: E402
 from evaluate import grade_tokenizer                                        # noqa: E402
 from judge import frechet_distance, train_classifier                        # noqa: E402
-from tokenizer import to_tensor                                             # noqa: E402
-from train import PRESETS, TokenizerStage, make_config, make_vae, read_data  # noqa: E402
+from runs import train_tokenizer                                            # noqa: E402
+from tokenizer import psnr, to_tensor                                       # noqa: E402
+from train import PRESETS, make_config, read_data                           # noqa: E402
 from var import Parser, number, pick_device, precision, run                 # noqa: E402
 
 # What all runs have. L_P and L_G are left out, so that the choices are seen by themselves.
-COMMON = dict(preset='32', patch_nums=(1, 2, 3, 4, 6, 8), perceptual=0., adversarial=0.)
+COMMON = dict(preset='32', perceptual=0., adversarial=0.)
 
 
 # ---- The choices: each function changes a TokenizerStage before it is trained ----
@@ -99,6 +98,11 @@ CHOICES = {
     'quantized from the first step': {'change': no_autoencoder_start},
     'cosine similarity': {'change': cosine},
     'codebook trained by gradient': {'change': gradient},
+    '256 codes': {'network': {'vocab_size': 256}},
+    '512 codes': {'network': {'vocab_size': 512}},
+    '2048 codes': {'network': {'vocab_size': 2048}},
+    '4096 codes': {'network': {'vocab_size': 4096}},
+    'code dimension 32': {'network': {'z_channels': 32}},
     'code dimension 8': {'network': {'z_channels': 8}},
     'code dimension 4': {'network': {'z_channels': 4}},
     'with group normalisation': {'network': {'normalise': True}},
@@ -108,7 +112,7 @@ CHOICES = {
 # ---- Training and grading ----
 
 
-def train_tokenizer(name, seed, args, device, train, val):
+def train_choice(name, seed, args, device, train, val):
     """The VQVAE of one run, trained or loaded."""
     choice = CHOICES[name]
     network = {**PRESETS[COMMON['preset']]['network'], **choice.get('network', {})}
@@ -116,29 +120,18 @@ def train_tokenizer(name, seed, args, device, train, val):
     given = dict(COMMON, data=args.data, network=network, tokenizer_steps=args.steps, seed=seed,
                  device=device, workers=0, out=folder)
     config = make_config({**given, **choice.get('config', {})}, {})
-
-    def make_stage():
-        vae = make_vae(config).to(device)
-        stage = TokenizerStage(config, vae, train, val).to(device)
-        if 'change' in choice:
-            choice['change'](stage)
-        return stage
-
-    return train_or_load(make_stage, config).vae
+    return train_tokenizer(config, train, val, choice.get('change'))
 
 
 @torch.no_grad()
 def psnr_of_scales(vae, images, scales):
     """PSNR in dB of images uint8 (n, H, W, 3) that are rebuilt from their first scales alone."""
     images = to_tensor(images)                                              # (n, 3, H, W)
-    rebuilt = vae.decode(vae.encode(images)[:scales])                       # (n, 3, H, W)
-    mse = ((rebuilt - images) / 2).square().mean((1, 2, 3))                 # (n,)
-    return -10 * mse.log10().mean().item()
+    return psnr(vae.decode(vae.encode(images)[:scales]), images).mean().item()
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data', default='cifar10', help='as for train.py')
     add('--steps', type=number(int, 1), default=700, help='of each run (default: 700)')
@@ -164,9 +157,10 @@ def main():
     scales = K // 2 + 1                                 # the coarse half, for the second column
     few, _ = val.some(300)                                                  # (300, H, W, 3)
     lines = [f'| | PSNR, dB | PSNR of {scales} scales, dB | SSIM | codes used | usage of the least '
-             'used scale | Frechet distance |', '|---|---|---|---|---|---|---|']
+             'used scale | bits per image | Frechet distance |',
+             '|---|---|---|---|---|---|---|---|']
     for name, seed in runs:
-        vae = train_tokenizer(name, seed, args, device, train, val)
+        vae = train_choice(name, seed, args, device, train, val)
         with precision(device):
             figures, rebuilt, _, _ = grade_tokenizer(vae, val, n, device)   # rebuilt (n, H, W, 3)
             coarse = psnr_of_scales(vae, few.to(device), scales)
@@ -175,7 +169,8 @@ def main():
         least = min(figures[f'usage {k}'] for k in range(1, K + 1))
         title = f'{name}, seed {seed}' if args.seeds else name
         lines.append(f'| {title} | {figures["PSNR"]:.2f} | {coarse:.2f} | {figures["SSIM"]:.3f} | '
-                     f'{figures["codes used"]} of {figures["of"]} | {least:.0%} | {distance:.2f} |')
+                     f'{figures["codes used"]} of {figures["of"]} | {least:.0%} | '
+                     f'{figures["bits per image"]:.0f} | {distance:.2f} |')
         print(lines[-1], flush=True)
         path = args.out / ('seeds.md' if args.seeds else 'choices.md')
         path.write_text('\n'.join(lines) + '\n')

@@ -2,7 +2,7 @@
 
     python experiments/curves.py --data cifar10                     # trains, then grades and draws
     python experiments/curves.py --data cifar10                     # again: continues where it was
-    python experiments/curves.py --data cifar10 --out long -- --preset long     # options of train.py
+    python experiments/curves.py --data cifar10 --out long -- --preset long
 
 Paper: Section 5.2 and Fig. 7 show how loss and samples improve with training. This runs train.py,
 keeps a copy of ckpt.pt every few minutes, and grades the copies by the classifier of judge.py: the
@@ -11,7 +11,6 @@ another run can be compared.
 Writes into --out what train.py writes, ckpt-<seconds>.pt, train.txt (train.py's output), and
 curves.png.
 """
-import argparse
 import csv
 import shutil
 import subprocess
@@ -47,7 +46,7 @@ def read_log(path):
 def train_and_copy(args):
     """Runs train.py to its end, and copies ckpt.pt to ckpt-<seconds since the start>.pt.
 
-    The file `start` holds the time of the start, and `trained` exists when training is complete.
+    The file `start` holds the time of the start.
     """
     args.out.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).resolve().parent.parent / 'train.py'
@@ -74,12 +73,10 @@ def train_and_copy(args):
     if process.returncode:
         raise UserError(f'train.py ended with status {process.returncode}: see '
                         f'{args.out / "train.txt"}')
-    (args.out / 'trained').touch()
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data', default='cifar10', help='as for train.py, whose defaults are used')
     add('--every', type=number(int, 1), default=180, help='seconds between copies (default: 180)')
@@ -95,8 +92,12 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    if not (args.out / 'trained').exists():
+    asked, trained = ' '.join([args.data, *args.options]), args.out / 'trained'
+    if not trained.exists():
         train_and_copy(args)
+        trained.write_text(asked)
+    elif trained.read_text() != asked:
+        raise UserError(f'{args.out} was trained with {trained.read_text()}: choose another --out')
     start = float((args.out / 'start').read_text())
     curves = {}                                         # of each figure: minutes and values
     for key, figures in read_log(args.out / 'log.csv').items():

@@ -73,7 +73,7 @@ def paste(photo, images, pixels):
 
 @torch.no_grad()
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('photo', type=Path, help='the photograph')
     add('--box', type=parse_box_option, action='append', default=[],

@@ -9,7 +9,6 @@ reconstructions go into reconstructions.npz, for the evaluators of rFID.
 Transformer (Section 5.2): loss in nats per token and token error, over all scales, of the last one,
 and of each.
 """
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -19,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tokenizer import UserError, to_tensor, to_uint8, write_file            # noqa: E402
-from train import grade_transformer, make_config, read_data, show           # noqa: E402
+from runs import data_config                                                # noqa: E402
+from tokenizer import (UserError, psnr, to_tensor, to_uint8,                # noqa: E402
+                       write_file)
+from train import grade_transformer, read_data, show                        # noqa: E402
 from var import Parser, load, number, pick_device, precision, run           # noqa: E402
 
 
@@ -60,15 +61,15 @@ def grade_tokenizer(vae, images, n, device, workers=0):
     for batch, indices in images.load(images.centres(n), workers):
         a = to_tensor(batch.to(device))                                     # (B, 3, H, W)
         maps = vae.encode(a)                                                # K of (B, l)
-        b = vae.decode(maps) / 2 + 0.5                                      # in [0, 1]
-        a = a / 2 + 0.5
-        psnr = -10 * (a - b).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+        b = vae.decode(maps)
+        decibels = psnr(a, b)                                               # (B,)
+        a, b = a / 2 + 0.5, b / 2 + 0.5                                     # in [0, 1]
         l1 = (a - b).abs().mean((1, 2, 3))
-        scores.append(torch.stack([psnr.cpu(), ssim(a, b).float(), l1.cpu()]))      # (3, B)
+        scores.append(torch.stack([decibels.cpu(), ssim(a, b).float(), l1.cpu()]))  # (3, B)
         rebuilt.append(to_uint8(b))
         tokens.append(torch.cat(maps, dim=1).cpu())                         # (B, L)
         labels.append(torch.from_numpy(images.labels)[indices])
-    psnr, similarity, l1 = torch.cat(scores, dim=1).mean(1).tolist()
+    decibels, similarity, l1 = torch.cat(scores, dim=1).mean(1).tolist()
     tokens = torch.cat(tokens)
 
     V = vae.quantize.V
@@ -77,7 +78,7 @@ def grade_tokenizer(vae, images, n, device, workers=0):
     p = hits / hits.sum(1, keepdim=True)
     entropy = torch.special.entr(p).sum(1) / math.log(2)                    # (K,), bits per token
     bits = sum(side * side * h for side, h in zip(vae.patch_nums, entropy.tolist()))
-    figures = {'PSNR': psnr, 'SSIM': similarity, 'L1': l1,
+    figures = {'PSNR': decibels, 'SSIM': similarity, 'L1': l1,
                'codes used': (hits.sum(0) > 0).sum().item(), 'of': V,
                'bits per token': bits / tokens.shape[1], 'bits per image': bits}
     for k, value in enumerate(usage.tolist(), start=1):
@@ -86,7 +87,7 @@ def grade_tokenizer(vae, images, n, device, workers=0):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--ckpt', default='ckpt.pt', help='of train.py, or a released transformer')
     add('--tokenizer', help='a released tokenizer, for a released transformer')
@@ -99,13 +100,7 @@ def main():
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer)
     vae = vae.to(device)
-    config = ckpt.get('config', {})
-    if args.data:
-        config = {name: config[name] for name in ('preset', 'size') if name in config}
-        config['data'] = args.data
-    if 'data' not in config:
-        raise UserError(f'{args.ckpt} does not tell its data: add --data')
-    config = make_config({}, {'size': vae.image_size, **config})
+    config = data_config(ckpt, vae.image_size, args.data)
     _, val, classes, _ = read_data(config)
     with precision(device):
         figures, rebuilt, tokens, labels = grade_tokenizer(vae, val, args.n, device, args.workers)

@@ -9,7 +9,6 @@ CIFAR-10 with the preset 32-gpu, for as long as is left. Writes gpu.json into --
 part: status, seconds and the last lines of each, and all figures of bench.csv. A part that fails
 or runs out of time does not keep the others from running. CIFAR-10 continues in the next call.
 """
-import argparse
 import csv
 import json
 import signal
@@ -84,7 +83,7 @@ def run_part(name, commands, seconds):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data', default='cifar10', help='cifar10, its archive, or a copy in class folders')
     add('--out', type=Path, default=Path('gpu'), help='folder of gpu.json and all runs')

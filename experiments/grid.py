@@ -1,6 +1,6 @@
 """Figures of what the models learn: Fig. 7, Fig. 9, and the attention over scales.
 
-    python experiments/scaling.py --data cifar10        # leaves the samples of Fig. 7
+    python experiments/scaling.py      # leaves the samples of Fig. 7
     python experiments/grid.py
 
 Writes three images into --out:
@@ -15,7 +15,6 @@ Writes three images into --out:
 Letters: B images, C channels, P side of the latent, K scales, L tokens of all scales, d depth,
 h heads.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -29,9 +28,9 @@ import matplotlib.pyplot as plt                                             # no
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import var as var_module                                                    # noqa: E402
+from runs import data_config, read_same_data                                # noqa: E402
 from sample import load_both                                                # noqa: E402
 from tokenizer import UserError, make_grid, save_image, to_tensor           # noqa: E402
-from train import make_config, read_data                                    # noqa: E402
 from var import Parser, number, pick_device, run, scale_of_token            # noqa: E402
 
 
@@ -134,12 +133,11 @@ def draw_scale_attention(shares, patch_nums, path):
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--runs', type=Path, default=Path('scaling'), help='the --out of scaling.py')
     add('--ckpt', type=Path, default=Path('ckpt.pt'), help='the models whose attention is shown')
-    add('--data', default='cifar10', help='as for train.py')
+    add('--data', help='as for train.py; default: what --ckpt was trained on')
     add('--n', type=number(int, 3), default=64, help='validation images (default: 64)')
     add('--out', type=Path, default=Path('.'), help='folder of the three images')
     add('--device', help='cuda, mps or cpu; default: the best there is')
@@ -151,12 +149,10 @@ def main():
     args = parse()
     device = pick_device(args.device)
     draw_grid(args.runs, args.out / 'grid.png')
-    vae, var, _ = load_both(args.ckpt)
+    vae, var, ckpt = load_both(args.ckpt)
     vae, var = vae.to(device), var.to(device)
-    config = make_config({'data': args.data, 'size': vae.image_size}, {})
-    _, val, classes, _ = read_data(config)
-    if var.num_classes != len(classes):
-        raise UserError(f'--data {args.data} has other classes than {args.ckpt}')
+    config = data_config(ckpt, vae.image_size, args.data)
+    _, val, _ = read_same_data(config, ckpt, var.num_classes)
     images, labels = val.some(args.n)                                       # (n, H, W, 3), (n,)
 
     n = len(images)

@@ -1,8 +1,7 @@
 """Grades the samples of a checkpoint by a small classifier.
 
     python train.py && python experiments/judge.py                  # the built-in shapes
-    python experiments/judge.py --ckpt ckpt.pt --data cifar10
-    python experiments/judge.py --ckpt ckpt.pt --data ./imagenette144 --steps 700
+    python experiments/judge.py --ckpt ckpt.pt --steps 1200         # on the data of its training
 
 Paper: the metrics of Section 5.1 and Table 1, at a size where FID and IS say little. The classifier
 is trained on the training images, which takes minutes on a CPU, and tested on the validation
@@ -14,7 +13,6 @@ It takes images of 32 or 64 px. Writes no files.
 
 Letters: N images of a set, B of a batch, H their side, n samples per class, C classes.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,9 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from runs import data_config, read_same_data                                # noqa: E402
 from sample import load_both                                                # noqa: E402
 from tokenizer import UserError, to_tensor, to_uint8                        # noqa: E402
-from train import make_config, read_data                                    # noqa: E402
 from var import Parser, number, pick_device, precision, run                 # noqa: E402
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
@@ -143,11 +141,10 @@ def draw_classes(vae, var, n, device, sampling):
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--ckpt', type=Path, default=Path('ckpt.pt'), help='the models to grade, of train.py')
-    add('--data', default='shapes', help='as for train.py: what the classifier is trained on')
+    add('--data', help='as for train.py; default: what --ckpt was trained on')
     add('--n', type=number(int, 1), default=50, help='samples per class (default: 50)')
     add('--steps', type=number(int, 1), default=400, help='steps of the classifier (default: 400)')
     add('--device', help='cuda, mps or cpu; default: the best there is')
@@ -158,12 +155,10 @@ def main():
     args = parse()
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt)
-    config = make_config({'data': args.data, 'size': vae.image_size}, {})
-    train, val, classes, _ = read_data(config)
-    if ckpt.get('classes', classes) != classes or var.num_classes != len(classes):
-        raise UserError(f'--data {args.data} has other classes than {args.ckpt}')
-    mirror = ckpt.get('config', {}).get('flip', False)
-    classifier, real = train_classifier(train, val, classes, args.steps, device, mirror=mirror)
+    config = data_config(ckpt, vae.image_size, args.data)
+    train, val, classes = read_same_data(config, ckpt, var.num_classes)
+    classifier, real = train_classifier(train, val, classes, args.steps, device,
+                                        mirror=config.flip)
     samples = draw_classes(vae.to(device), var.to(device), args.n, device, ckpt['sampling'])
     shares, distance = classifier.grade(samples, real)
     for name, share in zip(classes, shares.tolist()):

@@ -9,7 +9,6 @@ time, and resumed to its end. Checkpoints are saved after every step here, so th
 into the writing of one or close to it. Exits with status 1 if any weight differs.
 Writes into a temporary folder only.
 """
-import argparse
 import os
 import random
 import subprocess
@@ -95,8 +94,7 @@ def kill_and_resume(folder, moment):
 
 
 def main():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument('--runs', type=number(int, 1), default=20,
                         help='to be killed (default: 20)')
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Stage 2 (Section 4): what each choice in the transformer's training gains, in the same minutes.
 
-    python experiments/levers.py --data cifar10             # fifteen runs of seven minutes
-    python experiments/levers.py --data cifar10 --only defaults 'batch 64'
+    python experiments/levers.py                            # fifteen runs of seven minutes
+    python experiments/levers.py --only defaults 'batch 64'
 
 All runs have the tokenizer, the tokens and the options of --ckpt, but for one option or a change
 of the stage. Each makes as many steps as it would make in --minutes: the seconds per step of all
@@ -9,11 +9,10 @@ runs are measured first, in turn, so that whatever else happens on the machine s
 A run has a folder of its own and continues where it was interrupted. Frechet distance and the
 share that is classified correctly come from the classifier of judge.py; three seeds of the
 defaults tell which differences mean nothing.
-Writes levers.md, and pace.json, the seconds per step.
+Writes levers.md, and pace-<device>-<tokenizer>.json, the seconds per step.
 
 Letters: B images per batch, L tokens of all scales, l of one, K scales, C classes, V codes.
 """
-import argparse
 import json
 import statistics
 import sys
@@ -27,13 +26,12 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ablation import train_or_load                                          # noqa: E402
 from judge import draw_classes, train_classifier                            # noqa: E402
-from tokenizer import UserError, write_file                                 # noqa: E402
-from train import (TransformerStage, grade_transformer, make_config,        # noqa: E402
-                   make_optimizers, make_scaler, make_var, read_data, readable, tokenize,
-                   train_step)
-from var import Parser, load, number, pick_device, precision, run           # noqa: E402
+from runs import open_run, read_same_data, train_or_load, validation_loss   # noqa: E402
+from tokenizer import write_file                                            # noqa: E402
+from train import (TransformerStage, make_config, make_optimizers,          # noqa: E402
+                   make_scaler, make_var, tokenize, tokens_key, train_step)
+from var import Parser, number, pick_device, run                            # noqa: E402
 
 
 # ---- The levers: an option, or a function that changes a TransformerStage before training ----
@@ -43,6 +41,7 @@ def average(stage):
     """Samples come from an EMA of the weights, with decay 0.999, and not from the last ones."""
     stage.average = AveragedModel(stage.var, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     stage.average.requires_grad_(False)
+    stage.sampled = stage.average.module
     stage.learned = lambda: {'var': stage.var, 'average': stage.average}
     stage.after_step = lambda: stage.average.update_parameters(stage.var)
 
@@ -72,7 +71,7 @@ LEVERS = {
     'seed 2': {'config': {'seed': 2}},
     'AdamW for all': {'config': {'muon_lr': 0.}},
     'Muon 0.01': {'config': {'muon_lr': 0.01}},
-    'AdamW 1e-3': {'config': {'lr': 1e-3}},
+    'AdamW 1e-3 beside Muon': {'config': {'lr': 1e-3}},
     'batch 16': {'config': {'batch': 16, 'micro_batch': 16}},
     'batch 64': {'config': {'batch': 64, 'micro_batch': 64}},
     'depth 3': {'config': {'depth': 3}},
@@ -86,14 +85,18 @@ LEVERS = {
 
 def config_of(name, args, device, saved):
     """The Config of a run: that of the checkpoint (saved), but for the lever."""
-    given = dict(data=args.data, device=device, epochs=0., out=args.out / name.replace(' ', '-'))
+    given = dict(device=device, epochs=0., out=args.out / name.replace(' ', '-'))
+    if args.data:
+        given['data'] = args.data
     return make_config({**given, **LEVERS[name].get('config', {})}, saved)
 
 
 def make_stage(name, config, vae, tokens, num_classes):
     """A new transformer and its training. tokens: of the training and of the validation set."""
-    var = make_var(config, vae, num_classes, resumed=True).to(config.device)
+    var = make_var(config, vae, num_classes).to(config.device)
     stage = TransformerStage(config, vae, var, *tokens)
+    stage.sampled = var                                 # the weights that are graded, at the end
+    stage.evaluate = lambda: {}                         # no figures on the way: they take time
     if 'change' in LEVERS[name]:
         LEVERS[name]['change'](stage)
     return stage
@@ -106,7 +109,7 @@ def measure_pace(stages, rounds=5):
     """
     work, times = {}, {name: [] for name in stages}
     for name, stage in stages.items():
-        stage.train().step = stage.steps // 2
+        stage.train()
         work[name] = make_optimizers(stage), make_scaler(stage.config), next(stage.batches(0))
     for _ in range(1 + rounds):
         for name, stage in stages.items():
@@ -119,11 +122,10 @@ def measure_pace(stages, rounds=5):
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--ckpt', type=Path, default=Path('ckpt.pt'), help='its tokenizer and its options are used')
-    add('--data', default='cifar10', help='as for train.py')
+    add('--data', help='as for train.py; default: what --ckpt was trained on')
     add('--minutes', type=number(float, 0, 1e4), default=7., help='of each run (default: 7)')
     add('--only', nargs='+', choices=LEVERS, default=list(LEVERS), help='these runs')
     add('--n', type=number(int, 1), default=200, help='samples per class (default: 200)')
@@ -137,46 +139,41 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    vae, _, ckpt = load(args.ckpt)
-    if 'config' not in ckpt:
-        raise UserError(f'{args.ckpt} was not made by train.py')
-    vae = vae.to(device).requires_grad_(False)
-    configs = {name: config_of(name, args, device, ckpt['config']) for name in args.only}
-    train, val, classes, _ = read_data(configs[args.only[0]])
-    if classes != ckpt['classes']:
-        raise UserError(f'--data {args.data} has other classes than {args.ckpt}')
-    classifier, real = train_classifier(train, val, classes, args.judge_steps, device)
+    vae, saved, shared = open_run(args.ckpt, device)
+    configs = {name: config_of(name, args, device, saved) for name in args.only}
+    first = configs[args.only[0]]
+    num_classes = len(shared['classes'])
+    train, val, classes = read_same_data(first, shared, num_classes)
+    # It sees mirrored images, too, as one of the runs is trained with them.
+    classifier, real = train_classifier(train, val, classes, args.judge_steps, device, mirror=True)
 
     stored = {}                                         # by the number of views per image
     for config in configs.values():
         views = config.views
         if views not in stored:
-            folder = replace(config, out=args.out / f'views-{views}')
-            stored[views] = (tokenize(vae, train, folder, 'train', views),
-                             tokenize(vae, val, folder, 'val'))
+            elsewhere = replace(config, out=args.out / f'views-{views}')
+            stored[views] = (tokenize(vae, train, elsewhere, 'train', views),
+                             tokenize(vae, val, elsewhere, 'val'))
 
     def stage_of(name):
         config = configs[name]
-        return make_stage(name, config, vae, stored[config.views], len(classes))
+        return make_stage(name, config, vae, stored[config.views], num_classes)
 
-    path = args.out / 'pace.json'
+    inputs = tokens_key(vae, train, 1, first)
+    path = args.out / f'pace-{device.type}-{inputs:08x}.json'
     pace = json.loads(path.read_text()) if path.exists() else {}
     pace.update(measure_pace({name: stage_of(name) for name in configs if name not in pace}))
     write_file(path, lambda f: f.write(json.dumps(pace, indent=1).encode()))
 
-    # With these, sample.py can sample from the ckpt.pt of a run.
-    shared = {name: ckpt[name] for name in ('classes', 'words', 'patch_nums', 'sampling', 'vae')}
     lines = ['| | steps | images seen | loss | Frechet distance | classified correctly |',
              '|---|---|---|---|---|---|']
     for name, config in configs.items():
         config.steps = max(1, round(60 * args.minutes / pace[name]))
-        stage = train_or_load(partial(stage_of, name), config, stage='transformer', **shared)
-        var = stage.average.module if name == 'averaged weights' else stage.var
-        tokens, labels = stage.fetch_rows(stage.val_set, readable(stage.val_set[0]))
-        with precision(device):
-            loss = grade_transformer(vae, var, tokens, labels, device)['loss']
-        samples = draw_classes(vae, var, args.n, device, ckpt['sampling'])  # (C, n, H, W, 3)
-        share, distance = classifier.grade(samples, real)
+        stage = train_or_load(partial(stage_of, name), config, inputs,
+                              stage='transformer', **shared)
+        loss = validation_loss(stage, stage.sampled)
+        samples = draw_classes(vae, stage.sampled, args.n, device, shared['sampling'])
+        share, distance = classifier.grade(samples, real)   # samples: (C, n, H, W, 3)
         lines.append(f'| {name} | {config.steps} | {config.steps * config.batch} | {loss:.3f} | '
                      f'{distance:.1f} | {share.mean():.1%} |')
         print(lines[-1], flush=True)

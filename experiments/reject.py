@@ -7,7 +7,6 @@ The judge is a classifier, as in the paper: a file of torch.export, images (B, 3
 logits (B, classes). Without one it is the transformer itself, by the likelihood ratio
 log p(tokens | class) - log p(tokens | no class).
 """
-import argparse
 import logging
 import sys
 from pathlib import Path
@@ -63,7 +62,7 @@ def load_classifier(path, device):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--rounds', type=number(int, 1), default=4, help='draws per image that is kept')
     add('--classifier', type=Path, help='the judge; default: the transformer itself')

@@ -1,8 +1,8 @@
 """Section 5.2 at a small size: loss and token error against parameters and training compute.
 
     python train.py --data cifar10                                  # the tokenizer, in ckpt.pt
-    python experiments/scaling.py --data cifar10 --dry-run          # what is to be done
-    python experiments/scaling.py --data cifar10 --depths 2 3 4 6   # all of it
+    python experiments/scaling.py --dry-run                         # what is to be done
+    python experiments/scaling.py --depths 2 3 4 6                  # all of it
 
 Transformers of several depths, equation (7), are trained on the same tokens, with the same batches
 and steps. Each depth has a folder of its own, continues where it was interrupted, and is not
@@ -13,12 +13,10 @@ The samples for Fig. 7, which grid.py draws, are in the folders of the depths.
 
 Letters: N parameters, C training compute, L tokens of all scales, V codes, z code dimension.
 """
-import argparse
 import csv
 import math
 import sys
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +28,13 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ablation import train_or_load                                          # noqa: E402
 from bench import seconds_of                                                # noqa: E402
 from curves import read_log                                                 # noqa: E402
-from tokenizer import UserError, to_uint8, write_file                       # noqa: E402
-from train import TransformerStage, make_config, read_data, tokenize        # noqa: E402
-from var import VAR, Parser, load, number, pick_device, precision, run      # noqa: E402
+from runs import open_run, read_same_data, train_or_load                    # noqa: E402
+from tokenizer import to_uint8, write_file                                  # noqa: E402
+from train import (TransformerStage, make_config, tokenize,                 # noqa: E402
+                   tokens_key)
+from var import VAR, Parser, number, pick_device, precision, run            # noqa: E402
 
 FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
            'error last': 'Err, last scale', 'error': 'Err, all scales'}
@@ -213,11 +212,10 @@ def write_table(runs, path):
 
 
 def parse():
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--ckpt', type=Path, default=Path('ckpt.pt'), help='its tokenizer and its options are used')
-    add('--data', default='cifar10', help='as for train.py')
+    add('--data', help='as for train.py; default: what --ckpt was trained on')
     add('--depths', type=number(int, 1), nargs='+', default=[2, 3, 4, 6],
         help='of the transformers (default: 2 3 4 6)')
     add('--steps', type=number(int, 1), default=1000, help='of each (default: 1000)')
@@ -234,49 +232,45 @@ def parse():
 def main():
     args = parse()
     device, began = pick_device(args.device), time.time()
-    vae, _, ckpt = load(args.ckpt)
-    if 'config' not in ckpt:
-        raise UserError(f'{args.ckpt} was not made by train.py')
-    vae = vae.to(device).requires_grad_(False)
+    vae, saved, shared = open_run(args.ckpt, device)
     V, z = vae.quantize.embedding.weight.shape
-    classes, runs = ckpt['classes'], []
+    classes, runs = shared['classes'], []
     for depth in args.depths:
         var = VAR(vae.patch_nums, depth, len(classes), V, z)
         C = compute(var, args.steps * args.batch)
         runs.append(Run(depth, parameters(var), C, args.out / f'd{depth}'))
     if args.dry_run:
+        data = f'--data {args.data}' if args.data else ''
         pace = seconds_per_pflop(vae, len(classes), args.batch, device)
         for one in runs:
             print(f'depth {one.depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP, about '
                   f'{one.C * pace / 60:.0f} min:  python {sys.argv[0]} --ckpt {args.ckpt} '
-                  f'--data {args.data} --steps {args.steps} --batch {args.batch} --lr {args.lr} '
+                  f'{data} --steps {args.steps} --batch {args.batch} --lr {args.lr} '
                   f'--out {args.out} --depths {one.depth}')
         return
 
     # epochs=0: all depths make the same number of steps, however few images there are.
     # saln=False: the scaling laws are about one AdaLN projection per block, equation (8).
-    base = dict(data=args.data, steps=args.steps, batch=args.batch, epochs=0., saln=False,
-                muon_lr=0., device=device)
+    base = dict(steps=args.steps, batch=args.batch, epochs=0., saln=False, muon_lr=0.,
+                device=device)
+    if args.data:
+        base['data'] = args.data
     # Tokens go to the folder of the first depth, where no other machine writes.
-    config = make_config(dict(base, out=runs[0].folder), ckpt['config'])
-    train, val, names, _ = read_data(config)
-    if names != classes:
-        raise UserError(f'--data {args.data} has other classes than {args.ckpt}')
+    config = make_config(dict(base, out=runs[0].folder), saved)
+    train, val, _ = read_same_data(config, shared, len(classes))
     stored = tokenize(vae, train, config, 'train', config.views)
     stored_val = tokenize(vae, val, config, 'val')
-    # With these, sample.py can sample from the ckpt.pt of a depth.
-    shared = {name: ckpt[name] for name in ('classes', 'words', 'patch_nums', 'sampling', 'vae')}
     # Another tokenizer makes other tokens: what was trained on those is trained again.
-    codebook = zlib.crc32(ckpt['vae']['quantize.embedding.weight'].numpy().tobytes())
+    inputs = tokens_key(vae, train, config.views, config)
     for one in runs:
         lr = args.lr * math.sqrt(4 / one.depth)
-        config = make_config(dict(base, depth=one.depth, lr=lr, out=one.folder), ckpt['config'])
+        config = make_config(dict(base, depth=one.depth, lr=lr, out=one.folder), saved)
 
         def make_stage():
             var = VAR(vae.patch_nums, one.depth, len(classes), V, z).to(device)
             return ScalingStage(config, vae, var, stored, stored_val)
 
-        train_or_load(make_stage, config, codebook, stage='transformer', **shared)
+        train_or_load(make_stage, config, inputs, stage='transformer', **shared)
         one.course = read_course(one.folder)
         last = one.course[max(one.course)]
         print(f'depth {one.depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP,',
