@@ -31,10 +31,12 @@ def parse():
     add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
     add('--cls', nargs='+', action='extend', help='class indices, names, or all [the first ten]')
     add('--n', type=number(int, 1), default=8, help='images per class (default: 8)')
-    add('--cfg', type=number(float, 0), help='guidance of the last scale')
-    add('--top-k', type=number(int, 0), help='sample from the k likeliest codes; 0: from all')
-    add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off')
-    add('--seed', type=number(int, 0), default=0, help='the same seed, the same images')
+    add('--cfg', type=number(float, 0), help='guidance of the last scale [of the checkpoint]')
+    add('--top-k', type=number(int, 0),
+        help='sample from the k likeliest codes; 0: from all [of the checkpoint]')
+    add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off [of the checkpoint]')
+    add('--seed', type=number(int, 0), default=0,
+        help='the same images for the same seed, --cls, --n and --batch')
     add('--smooth', action='store_true', help='nicer images, but not for FID')
     add('--batch', type=number(int, 1), help='images per pass [50; 16 at 256 px, 4 at 512 px]')
     add('--out', type=Path, default=Path('samples.png'), help='the sheet, a row per class')
@@ -52,31 +54,32 @@ def load_both(path, tokenizer=None):
     """load(), and UserError if the checkpoint has no transformer yet."""
     vae, var, ckpt = load(path, tokenizer)
     if var is None:
-        raise UserError(f'{path} has a tokenizer only: continue with train.py --resume')
+        raise UserError(f'{path} has a tokenizer only: give --ckpt a transformer, or finish the '
+                        'training by train.py --resume')
     return vae, var, ckpt
 
 
-def write_npz(path, images, labels, seed):
-    """Writes images uint8 (N, H, W, 3) and labels (N,) for the evaluators of FID.
+def shuffled(n, seed):
+    """A random place for each of n images in a file for the evaluators of FID, (n,).
 
-    Shuffled, because the evaluator takes the inception score of consecutive blocks, and samples
-    that are sorted by class would get a far lower one.
+    They take the inception score of consecutive blocks: images that are sorted by class would get
+    a far lower one.
     """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    arrays = {'arr_0': images[order], 'arr_1': labels.numpy()[order]}
-    write_file(path, lambda f: np.savez(f, **arrays))
+    return np.random.default_rng(seed).permutation(n)
 
 
 def classes_of(asked, n, names, words):
     """Indices of classes that are asked for as an index below n, a name, a word, or 'all'.
 
     names, words: what the checkpoint calls its classes, possibly empty lists; words are lists of
-    synonyms with commas. Raises UserError for an unknown class.
+    synonyms with commas, and can stand for several classes: crane. Raises UserError for an unknown
+    class.
     """
-    meaning = {str(i): [i] for i in range(n)}
+    meaning = {}
     for i, text in enumerate(words):
         for word in filter(None, text.lower().split(',')):
-            meaning[word.strip()] = [i]
+            meaning.setdefault(word.strip(), []).append(i)
+    meaning.update({str(i): [i] for i in range(n)})
     for i, name in enumerate(names):
         meaning[name] = [i]                                     # a folder may be called 7
     meaning['all'] = range(n)
@@ -122,13 +125,19 @@ def draw_batches(vae, var, labels, args, options, folder):
     wait_for_all()
 
 
-def read_batches(folder, count, name):
-    """One of the arrays of all stored batches, concatenated."""
-    parts = []
-    for i in range(count):
-        with np.load(folder / f'{i}.npz') as f:
-            parts.append(f[name])
-    return np.concatenate(parts)
+def read_batches(folder, name, batch, places):
+    """One of the arrays of all stored batches: that of image i at places[i], places (N,).
+
+    They are copied one by one: 50,000 images of 256 px take 10 GB.
+    """
+    result = None
+    for index, start in enumerate(range(0, len(places), batch)):
+        with np.load(folder / f'{index}.npz') as f:
+            part = f[name]
+        if result is None:
+            result = np.empty((len(places), *part.shape[1:]), part.dtype)
+        result[places[start:start + batch]] = part
+    return result
 
 
 def main():
@@ -157,22 +166,25 @@ def main():
     draw_batches(vae, var, labels, args, options, folder)
     if rank_and_world()[0] > 0:
         return
-    count = len(labels.split(args.batch))
-    images = read_batches(folder, count, 'images')                          # (N, H, W, 3)
-    written = []
+    N, written = len(labels), []
+    in_order = np.arange(N)
+    places = shuffled(N, args.seed) if args.npz else in_order
+    images = read_batches(folder, 'images', args.batch, places)             # (N, H, W, 3)
     if args.scales:
-        growing = read_batches(folder, count, 'growing')                    # (N, K, H, W, 3)
+        growing = read_batches(folder, 'growing', args.batch, in_order)     # (N, K, H, W, 3)
         frames = [make_grid(growing)]                           # a row per image
         if args.scales.suffix.lower() == '.gif':                # a frame per scale, images in a row
             frames = [make_grid([growing[:, k]]) for k in range(growing.shape[1])]
         save_image(args.scales, frames)
         written.append(args.scales)
     if args.npz:
-        write_npz(args.npz, images, labels, args.seed)
+        labels_in_place = labels.numpy()[places.argsort()]
+        arrays = {'arr_0': images, 'arr_1': labels_in_place}
+        write_file(args.npz, lambda f: np.savez(f, **arrays))
         written.append(args.npz)
     if args.png:
-        for i, image in enumerate(images):
-            save_image(args.png / f'{i:06d}.png', [make_grid([image[None]])])
+        for i, place in enumerate(places):
+            save_image(args.png / f'{i:06d}.png', [make_grid([images[place][None]])])
         written.append(args.png)
     if not args.npz and not args.png:
         width = args.n if len(classes) > 1 else 8

@@ -10,7 +10,8 @@ Where the text and the released weights differ, this file follows the weights:
 - The text has one convolution phi_k per scale; in the weights, K scales share four of them.
 - phi is a residual map: half its input, half a convolution of it.
 The code that trained the released tokenizer was never published. Here the codebook is an EMA of
-the vectors that are assigned to each code, and dead codes are restarted (Quantizer.update).
+the vectors that are assigned to each code, and dead codes are restarted (Quantizer.update). phi
+starts as the identity, and a tenth of the images are rebuilt from fewer scales (VQVAE.forward).
 
 Letters: B batch, H W image size, C channels, z code dimension, V codes, K scales, p side of the
 token map of one scale, P side of the last one and of the latent, l = p * p tokens of one scale,
@@ -211,7 +212,7 @@ class Quantizer(nn.Module):
         self.phi_index = choose_phi(len(patch_nums), phi_count)
         # EMA of how often each scale uses each code; the released file has this buffer too.
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(patch_nums), V))
-        # These are buffers so that no training step copies them to the GPU, and waits for it.
+        # As buffers these are on the GPU already: no training step has to copy them, and wait.
         self.register_buffer('sizes', torch.tensor(patch_nums) ** 2, persistent=False)      # (K,)
         self.register_buffer('scale_of_token', scale_of_token(patch_nums), persistent=False)
 
@@ -350,7 +351,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, normalise):
-        """Initial weights of encoder and decoder, where the release publishes none."""
+        """Initial weights of encoder and decoder; the release publishes none."""
         for name, module in list(self.named_modules()):
             # Convolutions keep the variance of their input.
             if isinstance(module, nn.Conv2d):
@@ -372,6 +373,7 @@ class VQVAE(nn.Module):
         """im_hat = D(f_hat), equation (4): (B, z, P, P) -> (B, 3, H, W), float32, not clamped."""
         return self.decoder(self.post_quant_conv(f_hat)).float()
 
+    @torch.no_grad()
     def encode(self, images):
         """Algorithm 1: images (B, 3, H, W) in [-1, 1] -> K token maps (B, l).
 
@@ -382,11 +384,13 @@ class VQVAE(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return [r_k for r_k, _, _ in self.quantize.algorithm1(self.to_latent(images))]
 
+    @torch.no_grad()
     def decode(self, tokens):
         """Algorithm 2: K token maps (B, l) -> images (B, 3, H, W) in [-1, 1]."""
         *_, f_hat = self.quantize.algorithm2(tokens)
         return self.to_image(f_hat).clamp(-1, 1)
 
+    @torch.no_grad()
     def decode_scales(self, tokens):
         """The image after each scale: K tensors (B, 3, H, W), the last one equal to decode()."""
         return [self.to_image(f_hat).clamp(-1, 1) for f_hat in self.quantize.algorithm2(tokens)]
@@ -407,9 +411,9 @@ class VQVAE(nn.Module):
         """One training pass: images (B, 3, H, W) -> rebuilt, quantizer loss, tokens, vectors.
 
         rebuilt: (B, 3, H, W). The loss, a scalar, is || f - f_hat || of (5), averaged over the
-        partial sums f_hat_k: one half trains phi (in the release also the codebook), the other one
-        (the commitment loss, weight 0.25) pulls f towards the codes. tokens (B, L) and vectors
-        (B, L, z) are for Quantizer.update. Source of loss and weight: the release.
+        partial sums f_hat_k. Its first term trains phi (in the release also the codebook), its
+        second, the commitment loss with weight 0.25, pulls f towards the codes. tokens (B, L) and
+        vectors (B, L, z) are for Quantizer.update. Source of loss and weight: the release.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         K, tokens, vectors = len(self.patch_nums), [], []
@@ -445,7 +449,7 @@ class VQVAE(nn.Module):
         vae = cls(patch_nums, V, z, ch, tuple(ch_mult.values()), phi_count,
                   res_blocks=len(convs) // len(ch_mult),
                   normalise='encoder.norm_out.weight' in weights)
-        # Usage that was counted at other scales does not apply to these.
+        # Counts of another number of scales do not fit.
         if len(weights['quantize.ema_vocab_hit_SV']) != len(patch_nums):
             weights = {**weights, 'quantize.ema_vocab_hit_SV': vae.quantize.ema_vocab_hit_SV}
         vae.load_state_dict(weights)
@@ -510,7 +514,7 @@ def to_8_bits(image):
 
 
 def open_image(path, size):
-    """An image file as an RGB PIL image, upright, its shorter side at least `size` if it has it.
+    """An image file as an RGB PIL image, upright. A JPEG may be decoded smaller, not below `size`.
 
     Transparency is put on white; of an animation the first frame is used.
     Raises UserError if Pillow cannot read the whole of it.

@@ -1,13 +1,13 @@
 """VAR: a GPT-2-like transformer that predicts the next scale instead of the next token.
 
-    var = VAR(depth=16)
-    logits, loss = var(labels, x, targets)          # training: all scales at once, under a mask
+    var, tokens = VAR(depth=16), vae.encode(images)
+    logits, loss = var(labels, vae.var_input(tokens), torch.cat(tokens, dim=1))     # training
     images = var.generate(vae, labels)              # sampling: K passes, keys and values cached
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
 Section 6 for editing. Where paper and released weights differ, this file follows the weights:
-- Guidance is 2.0 in Table 3 and 1.5 in the release. It grows linearly over the scales and is
-  written (1 + t) c - t u, so that t = 1.5 is 2.5 in the other convention.
+- Guidance is 2.0 in Table 3 and 1.5 in the release, top-k 600 and 900. Guidance grows linearly over
+  the scales and is written (1 + t) c - t u, so that t = 1.5 is 2.5 in the other convention.
 - Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
 
@@ -59,11 +59,13 @@ def layer_norm(x):
 
 
 def attend(q, k, v, mask):
-    """softmax(q k^T + mask) v for q (B, h, l, 64), k and v (B, h, m, 64), mask (l, m).
+    """softmax(q k^T + mask) v for q (B, h, l, 64), k and v (B, h, m, 64), mask (l, m) or None.
 
-    Training on a CPU writes it out: with the fused kernel a whole training step takes longer there
-    (batch 4, 256 px, two cores: 13 % at d6, 10 % at d16).
+    For training on a CPU it is written out, because the fused kernel is slower there: a training
+    step then takes 13 % longer at d6, and 10 % at d16 (batch 4, 256 px, two cores).
     """
+    if mask is not None:
+        mask = mask.to(q.dtype)
     if q.device.type == 'cpu' and q.requires_grad:
         return (q @ k.transpose(2, 3) + mask).softmax(-1) @ v               # (B, h, l, 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1)
@@ -85,10 +87,10 @@ class Attention(nn.Module):
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
 
     def forward(self, x, mask, cache=None):
-        """x (B, l, w), mask (l, m): m is l in training, and in generation all tokens so far.
+        """x (B, l, w) -> (B, l, w). Training has a mask (l, l), and generation a cache instead.
 
-        cache: keys and values of all scales in generation, (2, B, h, L, 64). Those of x are
-        written to it.
+        cache: keys and values of the m tokens so far, (2, B, h, m, 64). x holds the last l of
+        them, whose keys and values are written to it. All may see all, so that it needs no mask.
         """
         B, l, w = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
@@ -100,21 +102,20 @@ class Attention(nn.Module):
             q = F.normalize(q, dim=-1) * factor
             k = F.normalize(k, dim=-1)
         else:
-            q = q * (0.25 / math.sqrt(q.shape[-1]))             # the ablation of Table 3
+            q = q * (0.25 / math.sqrt(q.shape[-1]))     # an ablation of Table 3; 0.25: the release
         q, k = q.to(v.dtype), k.to(v.dtype)             # under autocast, normalize gives float32
         if cache is not None:
-            end = mask.shape[1]                         # x holds the last l of the tokens so far
-            start = end - l
             keys, values = cache
-            keys[:, :, start:end] = k
-            values[:, :, start:end] = v
-            k, v = keys[:, :, :end], values[:, :, :end]                     # (B, h, m, 64) each
-        y = attend(q, k, v, mask.to(q.dtype))                               # (B, h, l, 64)
+            keys[:, :, -l:] = k
+            values[:, :, -l:] = v
+            k, v = keys, values                                             # (B, h, m, 64) each
+        y = attend(q, k, v, mask)                                           # (B, h, l, 64)
         return self.proj(y.transpose(1, 2).reshape(B, l, w))                # (B, l, w)
 
 
 class Block(nn.Module):
-    """Attention and FFN. Each is scaled, shifted and gated by the class: AdaLN (Section 4)."""
+    """Attention and FFN. The class scales and shifts the input of each, and gates its output: AdaLN
+    (Section 4)."""
 
     def __init__(self, w, heads, drop_rate, shared_aln, qk_norm):
         super().__init__()
@@ -138,9 +139,9 @@ class Block(nn.Module):
     def forward(self, x, modulation, mask, cache=None):
         """x (B, l, w), modulation: six vectors (B, 1, w), mask and cache as in Attention."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        h = layer_norm(x) * (1 + scale1) + shift1                                 # (B, l, w)
+        h = layer_norm(x) * (1 + scale1) + shift1                           # (B, l, w)
         x = x + self.attn(h, mask, cache) * self.drop_path(gamma1)          # (B, l, w)
-        h = layer_norm(x) * (1 + scale2) + shift2                                 # (B, l, w)
+        h = layer_norm(x) * (1 + scale2) + shift2                           # (B, l, w)
         h = F.gelu(self.ffn['fc1'](h), approximate='tanh')                  # (B, l, 4w)
         return x + self.ffn['fc2'](h) * self.drop_path(gamma2)              # (B, l, w)
 
@@ -238,7 +239,7 @@ class VAR(nn.Module):
         labels (B,) int64; x (B, L - p_1^2, z) of VQVAE.var_input; targets (B, L) int64, the tokens.
         Returns logits (B, L, V) and the loss in nats per token, a scalar, or None without targets.
         The output at the positions of scale k predicts r_k at the same positions: unlike in
-        next-token prediction, nothing is shifted by one, as the input there is made of r_<k alone.
+        next-token prediction, nothing is shifted by one, because their input is made of r_<k alone.
         """
         if self.training:                                       # for classifier-free guidance
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
@@ -261,7 +262,7 @@ class VAR(nn.Module):
                  given=None, keep=None, return_tokens=False):
         """Draws images scale by scale, equation (6): K passes, keys and values cached.
 
-        With sides that grow by a factor a, p_K = a^(K-1), K is 1 + log_a p_K passes.
+        If the sides grow by a factor a, p_k = a^(k-1), these are 1 + log_a p_K passes (appendix).
 
         labels: (B,) class indices; num_classes for "no class". cfg: guidance at the last scale.
         top_k, top_p: see filter_logits. smooth: passes on a mixture of codes instead of the drawn
@@ -270,7 +271,7 @@ class VAR(nn.Module):
         is 1 where they are kept.
         Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps (B, l).
         seed: an int, or a generator on the model's device. The same int draws the same images on
-        the same kind of device. But for `labels` and `keep` from the CPU, nothing waits for a GPU.
+        the same kind of device. Nothing waits for a GPU, but the copies of labels and keep to it.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
         labels = torch.as_tensor(labels, device=device)
@@ -293,8 +294,8 @@ class VAR(nn.Module):
             start, end = end, end + p * p
             ratio = k / max(K - 1, 1)
             x = x + positions[:, start:end]                                     # (2B, l, w)
-            for block, modulation, cache in zip(self.blocks, blocks, caches):
-                x = block(x, modulation, self.mask[start:end, :end], cache)     # (2B, l, w)
+            for block, modulation, cache in zip(self.blocks, blocks, caches[..., :end, :]):
+                x = block(x, modulation, None, cache)                           # (2B, l, w)
             logits = self.logits(x, head)                                       # (2B, l, V)
             if cfg:
                 t = cfg * ratio
@@ -411,7 +412,7 @@ def read_checkpoint(path):
     """A dict from a file of torch.save; no code in it is run. Models are under 'vae' and 'var'.
 
     Reads ckpt.pt and model.pt of train.py, the released files, and checkpoints of the official
-    trainer. Raises UserError for anything else.
+    trainer. Raises UserError for a file that is no dict of torch.save.
     """
     path = os.fspath(path)
     with explain(f'cannot read {path}', OSError), open(path, 'rb') as f:
@@ -576,7 +577,7 @@ def record_generate(var, vae, B, **options):
     The K passes have fixed shapes, and nothing in them waits for the GPU. One launch can therefore
     replace those of all kernels, which take longer than the kernels where B is small.
     Returns a function: labels (B,), seed -> what generate returns. Its next call overwrites that.
-    Both models have to live as long as it does; their weights need no gradients from now on.
+    Both models have to live as long as it does, and their weights get requires_grad=False.
     """
     # Autocast keeps converted copies of weights that need gradients, and frees them when its
     # context ends. The graph would then read freed memory.
