@@ -1348,7 +1348,11 @@ def interrupted(stage, *rest):
 train.train_step = interrupted
 """
     words = '--data', trained / 'images', *TINY, '--perceptual', 0, '--tokenizer-steps', 9
-    assert launch(tmp_path, 2, 'train', *words, '--out', '.', extra=asked).wait(timeout=60) != 0
+    both = launch(tmp_path, 2, 'train', *words, '--out', '.', extra=asked)
+    try:
+        assert both.wait(timeout=60) != 0
+    finally:
+        both.terminate()                                        # if they did not end
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     assert (state['stage'], state['step']) == ('tokenizer', 3)
 

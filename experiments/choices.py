@@ -1,6 +1,7 @@
 """Stage 1 (Section 3.2): what each choice in the tokenizer's training contributes.
 
     python experiments/choices.py --data cifar10                    # sixteen short runs
+    python experiments/choices.py --only defaults '512 codes'       # two of them
     python experiments/choices.py --data cifar10 --seeds 5          # five seeds of the defaults
 
 Each run differs from COMMON in one choice and trains on the same images. It has a folder of its
@@ -135,6 +136,7 @@ def parse():
     add = parser.add_argument
     add('--data', default='cifar10', help='as for train.py')
     add('--steps', type=number(int, 1), default=700, help='of each run (default: 700)')
+    add('--only', nargs='+', choices=CHOICES, default=list(CHOICES), help='these runs')
     add('--seeds', type=number(int, 0), default=0, help='as many seeds of the defaults instead')
     add('--judge-steps', type=number(int, 1), default=1200,
         help='of the classifier (default: 1200)')
@@ -151,7 +153,7 @@ def main():
     train, val, classes, _ = read_data(config)
     n, K = len(val), len(config.patch_nums)
     classifier, real = train_classifier(train, val, classes, args.judge_steps, device, n)
-    runs = [(name, 0) for name in CHOICES]
+    runs = [(name, 0) for name in args.only]
     if args.seeds:
         runs = [('defaults', seed) for seed in range(args.seeds)]
     scales = K // 2 + 1                                 # the coarse half, for the second column

@@ -30,7 +30,7 @@ from var import Parser, number, pick_device, precision, run                 # no
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
 
-class Classifier(nn.Module):
+class Judge(nn.Module):
     """Images (B, 3, H, H) in [-1, 1] -> features (B, 128) and logits (B, C). size: H, 32 or 64."""
 
     def __init__(self, num_classes, size=32):
@@ -118,7 +118,7 @@ def train_classifier(train, val, classes, steps, device, n=5000, mirror=False):
     if train.size not in WIDTHS:
         raise UserError(f'the classifier takes images of 32 or 64 px, not of {train.size} px')
     torch.manual_seed(0)                                # the same classifier in every run
-    classifier = Classifier(len(classes), train.size).to(device)
+    classifier = Judge(len(classes), train.size).to(device)
     images, labels = train.some(len(train))
     classifier.fit(images.to(device), labels.to(device), steps, mirror)
     images, labels = val.some(n)

@@ -2,13 +2,15 @@
 
     python experiments/levers.py                            # fifteen runs of seven minutes
     python experiments/levers.py --only defaults 'batch 64'
+    python experiments/levers.py --cfg 3                    # the same runs, with other guidance
 
 All runs have the tokenizer, the tokens and the options of --ckpt, but for one option or a change
 of the stage. Each makes as many steps as it would make in --minutes: the seconds per step of all
 runs are measured first, in turn, so that whatever else happens on the machine slows all alike.
 A run has a folder of its own and continues where it was interrupted. Frechet distance and the
 share that is classified correctly come from the classifier of judge.py; three seeds of the
-defaults tell which differences mean nothing.
+defaults tell which differences mean nothing. Guidance acts more strongly in a better model: compare
+the distances with more than one --cfg.
 Writes levers.md, and pace-<device>-<tokenizer>.json, the seconds per step.
 
 Letters: B images per batch, L tokens of all scales, l of one, K scales, C classes, V codes.
@@ -38,8 +40,8 @@ from var import Parser, number, pick_device, run                            # no
 
 
 def average(stage):
-    """Samples come from an EMA of the weights, with decay 0.999, and not from the last ones."""
-    stage.average = AveragedModel(stage.var, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    """Samples come from an EMA of the weights, over about a hundred steps, not from the last ones."""
+    stage.average = AveragedModel(stage.var, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     stage.average.requires_grad_(False)
     stage.sampled = stage.average.module
     stage.learned = lambda: {'var': stage.var, 'average': stage.average}
@@ -129,6 +131,7 @@ def parse():
     add('--minutes', type=number(float, 0, 1e4), default=7., help='of each run (default: 7)')
     add('--only', nargs='+', choices=LEVERS, default=list(LEVERS), help='these runs')
     add('--n', type=number(int, 1), default=200, help='samples per class (default: 200)')
+    add('--cfg', type=number(float, 0), help='guidance of the samples; default: that of --ckpt')
     add('--judge-steps', type=number(int, 1), default=1200,
         help='of the classifier (default: 1200)')
     add('--out', type=Path, default=Path('levers'), help='folder for everything (default: levers)')
@@ -165,6 +168,9 @@ def main():
     pace.update(measure_pace({name: stage_of(name) for name in configs if name not in pace}))
     write_file(path, lambda f: f.write(json.dumps(pace, indent=1).encode()))
 
+    sampling = shared['sampling']
+    if args.cfg is not None:
+        sampling = {**sampling, 'cfg': args.cfg}
     lines = ['| | steps | images seen | loss | Frechet distance | classified correctly |',
              '|---|---|---|---|---|---|']
     for name, config in configs.items():
@@ -172,7 +178,7 @@ def main():
         stage = train_or_load(partial(stage_of, name), config, inputs,
                               stage='transformer', **shared)
         loss = validation_loss(stage, stage.sampled)
-        samples = draw_classes(vae, stage.sampled, args.n, device, shared['sampling'])
+        samples = draw_classes(vae, stage.sampled, args.n, device, sampling)
         share, distance = classifier.grade(samples, real)   # samples: (C, n, H, W, 3)
         lines.append(f'| {name} | {config.steps} | {config.steps * config.batch} | {loss:.3f} | '
                      f'{distance:.1f} | {share.mean():.1%} |')
