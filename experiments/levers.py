@@ -40,7 +40,7 @@ from var import Parser, number, pick_device, run                            # no
 
 
 def average(stage):
-    """Samples come from an EMA of the weights over about a hundred steps, not from the last ones."""
+    """Samples come from an EMA of the weights over about the last hundred steps."""
     stage.average = AveragedModel(stage.var, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     stage.average.requires_grad_(False)
     stage.sampled = stage.average.module
