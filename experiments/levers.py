@@ -8,9 +8,10 @@ All runs have the tokenizer, the tokens and the options of --ckpt, but for one o
 of the stage. Each makes as many steps as it would make in --minutes: the seconds per step of all
 runs are measured first, in turn, so that whatever else happens on the machine slows all alike.
 A run has a folder of its own and continues where it was interrupted. Frechet distance and the
-share that is classified correctly come from the classifier of judge.py; three seeds of the
-defaults tell which differences mean nothing. Guidance acts more strongly in a better model: compare
-the distances with more than one --cfg.
+share that is classified correctly come from the classifier of judge.py, which is trained on
+blurred images as well; a larger one can order the runs otherwise. Three seeds of the defaults tell
+which differences mean nothing. Guidance acts more strongly in a better model: compare the distances
+with more than one --cfg.
 Writes levers.md, and pace-<device>-<tokenizer>.json, the seconds per step.
 
 Letters: B images per batch, L tokens of all scales, l of one, K scales, C classes, V codes.

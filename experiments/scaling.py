@@ -240,12 +240,12 @@ def main():
         C = compute(var, args.steps * args.batch)
         runs.append(Run(depth, parameters(var), C, args.out / f'd{depth}'))
     if args.dry_run:
-        data = f'--data {args.data}' if args.data else ''
+        data = f'--data {args.data} ' if args.data else ''
         pace = seconds_per_pflop(vae, len(classes), args.batch, device)
         for one in runs:
             print(f'depth {one.depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP, about '
                   f'{one.C * pace / 60:.0f} min:  python {sys.argv[0]} --ckpt {args.ckpt} '
-                  f'{data} --steps {args.steps} --batch {args.batch} --lr {args.lr} '
+                  f'{data}--steps {args.steps} --batch {args.batch} --lr {args.lr} '
                   f'--out {args.out} --depths {one.depth}')
         return
 
