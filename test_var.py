@@ -1360,8 +1360,8 @@ train.train_step = interrupted
 def test_a_run_that_torchrun_restarts_is_resumed(trained, tmp_path, monkeypatch):
     (tmp_path / 'ckpt.pt').write_bytes((trained / 'ckpt.pt').read_bytes())
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    go = partial(command, train, '--out', tmp_path, '--workers', 0)
-    assert go(monkeypatch=monkeypatch, folder=trained) == 0
+    words = '--data', 'images', *TINY, '--out', tmp_path
+    assert command(train, *words, monkeypatch=monkeypatch, folder=trained) == 0
     assert same_weights(trained / 'ckpt.pt', tmp_path / 'ckpt.pt')
     assert not (tmp_path / 'ckpt.previous.pt').exists()         # nothing was moved aside
 
