@@ -60,12 +60,18 @@ def load_both(path, tokenizer=None):
 
 
 def shuffled(n, seed):
-    """A random place for each of n images in a file for the evaluators of FID, (n,).
+    """A random permutation (n,), for the images of a file for the evaluators of FID.
 
     They take the inception score of consecutive blocks: images that are sorted by class would get
     a far lower one.
     """
     return np.random.default_rng(seed).permutation(n)
+
+
+def write_npz(path, images, labels):
+    """Writes shuffled images uint8 (N, H, W, 3) and their labels (N,) for those evaluators."""
+    arrays = {'arr_0': images, 'arr_1': labels.numpy()}
+    write_file(path, lambda f: np.savez(f, **arrays))
 
 
 def classes_of(asked, n, names, words):
@@ -178,9 +184,7 @@ def main():
         save_image(args.scales, frames)
         written.append(args.scales)
     if args.npz:
-        labels_in_place = labels.numpy()[places.argsort()]
-        arrays = {'arr_0': images, 'arr_1': labels_in_place}
-        write_file(args.npz, lambda f: np.savez(f, **arrays))
+        write_npz(args.npz, images, labels[places.argsort()])
         written.append(args.npz)
     if args.png:
         for i, place in enumerate(places):

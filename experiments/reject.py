@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import classes_of, load_both, shuffled                          # noqa: E402
+from sample import classes_of, load_both, shuffled, write_npz               # noqa: E402
 from tokenizer import (batch_size, explain, make_grid, save_image,          # noqa: E402
-                       to_uint8, write_file)
+                       to_uint8)
 from var import Parser, number, pick_device, precision, run                 # noqa: E402
 
 
@@ -93,9 +93,8 @@ def main():
         drawn.append(to_uint8(images))
     drawn = np.concatenate(drawn)                                           # (N, H, W, 3)
     if args.npz:
-        places = shuffled(len(drawn), args.seed)
-        arrays = {'arr_0': drawn[places], 'arr_1': labels.numpy()[places]}
-        write_file(args.npz, lambda f: np.savez(f, **arrays))
+        order = shuffled(len(drawn), args.seed)
+        write_npz(args.npz, drawn[order], labels[order])
     else:
         save_image(args.out, [make_grid(np.split(drawn, len(classes)))])
     print(f'drew {len(drawn) * args.rounds} images, kept {len(drawn)}; '
