@@ -9,44 +9,39 @@
 Paper: Section 5.1, Table 3 (guidance, top-k). Editing, rejection sampling and evaluation are in
 experiments/. Letters: B images per batch, N in all, H x W pixels, K scales.
 """
-import os
-import shutil
 import time
-import zlib
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from tokenizer import UserError, batch_size, make_grid, save_image, to_uint8, write_file
-from var import (PRECISIONS, Parser, cast_linear_weights, compile_forward, load, number,
-                 pick_device, precision, rank_and_world, record_generate, run, wait_for_all)
+from support.checkpoints import load
+from support.images import (batch_size, image_file, image_format, make_grid, save_image,
+                            to_uint8)
+from support.run import (A_GUIDANCE, A_SEED, PRECISIONS, UserError, a_path, cast_linear_weights,
+                         gather, make_parser, nfc, number, pick_device, precision, rank_and_world,
+                         run, tell, write_file)
 
 
 def parse():
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='of train.py, or a released transformer')
-    add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
+    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
+    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
     add('--cls', nargs='+', action='extend', help='class indices, names, or all [the first ten]')
-    add('--n', type=number(int, 1), default=8, help='images per class (default: 8)')
-    add('--cfg', type=number(float, 0), help='guidance of the last scale [of the checkpoint]')
+    add('--n', type=number(int, 1), default=8, help='images per class [8]')
+    add('--cfg', type=number(*A_GUIDANCE), help='guidance of the last scale [of the checkpoint]')
     add('--top-k', type=number(int, 0),
         help='sample from the k likeliest codes; 0: from all [of the checkpoint]')
     add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off [of the checkpoint]')
-    add('--seed', type=number(int, 0), default=0,
+    add('--seed', type=number(*A_SEED), default=0,
         help='the same images for the same seed, --cls, --n and --batch')
-    add('--smooth', action='store_true', help='nicer images, but not for FID')
     add('--batch', type=number(int, 1), help='images per pass [50; 16 at 256 px, 4 at 512 px]')
-    add('--out', type=Path, default=Path('samples.png'), help='the sheet, a row per class')
-    add('--png', type=Path, help='a folder, for one file per image instead of the sheet')
-    add('--npz', type=Path, help='a file for the evaluators of FID, shuffled, instead of the sheet')
-    add('--scales', type=Path, help='also the images growing scale by scale: a .png or .gif')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
-    add('--precision', choices=PRECISIONS, help='default: the best that the device has')
-    add('--compile', action='store_true',
-        help='torch.compile, on CUDA also a graph: for many images; other rounding')
+    add('--out', type=image_file, default='samples.png', help='the sheet, a row per class')
+    add('--npz', type=a_path,
+        help='a file for the evaluators of FID, shuffled, instead of the sheet')
+    add('--scales', type=image_file, help='also the images growing scale by scale: a .png or .gif')
+    add('--device', help='cuda or cpu [the best there is]')
+    add('--precision', choices=PRECISIONS, help='[the best that the device has]')
     return parser.parse_args()
 
 
@@ -83,15 +78,15 @@ def classes_of(asked, n, names, words):
     """
     meaning = {}
     for i, text in enumerate(words):
-        for word in filter(None, text.lower().split(',')):
+        for word in filter(None, nfc(text).lower().split(',')):
             meaning.setdefault(word.strip(), []).append(i)
     meaning.update({str(i): [i] for i in range(n)})
     for i, name in enumerate(names):
-        meaning[name] = [i]                                     # a folder may be called 7
+        meaning[nfc(name)] = [i]                                # a folder may be called 7
     meaning['all'] = range(n)
     found = []
     for word in asked:
-        indices = meaning.get(word, meaning.get(word.lower()))
+        indices = meaning.get(nfc(word), meaning.get(nfc(word).lower()))
         if indices is None:
             known = ', '.join([f'0 to {n - 1}', 'all', *names[:12]])
             raise UserError(f'--cls {word}: no such class; there are {known}')
@@ -99,103 +94,97 @@ def classes_of(asked, n, names, words):
     return found
 
 
+def sheet(images, columns):
+    """Images uint8 (N, H, W, 3) in rows of so many columns."""
+    return make_grid(np.split(images, range(columns, len(images), columns)))
+
+
+def batch_seed(seed, index):
+    """The seed of a batch, from 0 to 2^63 - 1, as torch takes it."""
+    return (seed + 1_000_003 * index) % 2 ** 63
+
+
 @torch.no_grad()
-def draw_batches(vae, var, labels, args, options, folder):
-    """Draws an image for each label (N,), in batches, each stored in a file of its own in folder.
+def draw_all(vae, var, labels, places, args, options):
+    """Draws an image for each label (N,), in batches that the processes share.
 
-    Every batch has a seed of its own. Several processes therefore share the work, and the same
-    command continues where it was interrupted.
+    Every batch has a seed of its own, so that the images are the same for any number of processes.
+    Returns in the first process uint8 (N, H, W, 3), where the image of label i is at places[i], and
+    with --scales (N, K, H, W, 3), the image after each scale, else None. In the others both are
+    None.
     """
-    rank, world = rank_and_world()
-    device = var.pos_start.device
-    batches = list(enumerate(labels.split(args.batch)))
-    mine, began = batches[rank::world], time.time()
-    generate = generate_full = partial(var.generate, vae, return_tokens=True, **options)
-    if args.compile and device.type == 'cuda' and len(labels) >= args.batch:
-        with precision(device, args.precision):
-            generate_full = record_generate(var, vae, args.batch, return_tokens=True, **options)
-    for done, (index, label) in enumerate(mine, start=1):
-        path = folder / f'{index}.npz'
-        if not path.exists():
-            seed = args.seed + 1_000_003 * index
-            with precision(device, args.precision):
-                full = len(label) == args.batch                 # the last batch may be smaller
-                images, tokens = (generate_full if full else generate)(label, seed=seed)
-                arrays = {'images': to_uint8(images)}                       # (B, H, W, 3)
+    (rank, world), began = rank_and_world(), time.time()
+    batches = labels.split(args.batch)
+    images = growing = None
+    for first in range(0, len(batches), world):                 # a batch for each process
+        index, part = first + rank, None
+        if index < len(batches):
+            with precision(var.pos_start.device, args.precision):
+                drawn, tokens = var.generate(vae, batches[index], return_tokens=True,
+                                             seed=batch_seed(args.seed, index), **options)
+                part = [to_uint8(drawn), None]                              # (B, H, W, 3)
                 if args.scales:
-                    growing = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]
-                    arrays['growing'] = np.stack(growing, axis=1)           # (B, K, H, W, 3)
-            write_file(path, lambda f: np.savez(f, **arrays))
-        left = (time.time() - began) / done * (len(mine) - done)
-        print(f'\r{done} of {len(mine)} batches, {left:.0f} s left ', end='', flush=True)
-    wait_for_all()
-
-
-def read_batches(folder, name, batch, places):
-    """One of the arrays of all stored batches: that of image i at places[i], places (N,).
-
-    They are copied one by one: 50,000 images of 256 px take 10 GB.
-    """
-    result = None
-    for index, start in enumerate(range(0, len(places), batch)):
-        with np.load(folder / f'{index}.npz') as f:
-            part = f[name]
-        if result is None:
-            result = np.empty((len(places), *part.shape[1:]), part.dtype)
-        result[places[start:start + batch]] = part
-    return result
+                    scales = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]
+                    part[1] = np.stack(scales, axis=1)                      # (B, K, H, W, 3)
+        for i, part in enumerate(filter(None, gather(part) or [])):
+            start = (first + i) * args.batch
+            # Copied batch by batch: 50,000 images of 256 px take 10 GB.
+            if images is None:
+                images = np.empty((len(labels), *part[0].shape[1:]), np.uint8)
+                if args.scales:
+                    growing = np.empty((len(labels), *part[1].shape[1:]), np.uint8)
+            at = places[start:start + args.batch]
+            images[at] = part[0]
+            if args.scales:
+                growing[at] = part[1]
+        done = min(first + world, len(batches))
+        left = (time.time() - began) / done * (len(batches) - done)
+        tell(f'\r{done} of {len(batches)} batches, {left:.0f} s left ', end='')
+    tell('')
+    return images, growing
 
 
 def main():
     args = parse()
-    if args.smooth and args.scales:
-        raise UserError('--scales decodes the drawn codes, which --smooth does not use: leave one '
-                        'out')
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var = vae.to(device), cast_linear_weights(var, device, args.precision)
-    if args.compile:
-        compile_forward([*vae.decoder.up, *var.blocks], device)
     args.batch = args.batch or batch_size(vae.image_size)
-    options = dict(ckpt['sampling'], smooth=args.smooth)
+    options = dict(ckpt['sampling'])
     for name in ('cfg', 'top_k', 'top_p'):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
-    names = ckpt.get('classes', [])
     classes = range(min(10, var.num_classes))
     if args.cls:
-        classes = classes_of(args.cls, var.num_classes, names, ckpt.get('words', []))
+        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
+                             ckpt.get('words', []))
     labels = torch.tensor(list(classes)).repeat_interleave(args.n)          # (N,)
-
-    key = zlib.crc32(repr((sorted(vars(args).items()), os.path.getmtime(args.ckpt))).encode())
-    folder = Path(f'{args.npz or args.out}.{key:08x}')
-    draw_batches(vae, var, labels, args, options, folder)
+    columns = args.n if len(classes) > 1 else 8
+    is_gif = args.scales and args.scales.suffix.lower() == '.gif'
+    # Sizes that a file cannot have fail now, not after drawing.
+    side = (vae.image_size + 2) * max(columns, -(-len(labels) // columns))
+    if not args.npz:
+        image_format(args.out, side)
+    if args.scales:
+        image_format(args.scales, side if is_gif else (vae.image_size + 2) * len(labels))
+    places = shuffled(len(labels), args.seed) if args.npz else np.arange(len(labels))
+    images, growing = draw_all(vae, var, labels, places, args, options)
     if rank_and_world()[0] > 0:
         return
-    N, written = len(labels), []
-    in_order = np.arange(N)
-    places = shuffled(N, args.seed) if args.npz else in_order
-    images = read_batches(folder, 'images', args.batch, places)             # (N, H, W, 3)
-    if args.scales:
-        growing = read_batches(folder, 'growing', args.batch, in_order)     # (N, K, H, W, 3)
-        frames = [make_grid(growing)]                           # a row per image
-        if args.scales.suffix.lower() == '.gif':                # a frame per scale, images in a row
-            frames = [make_grid([growing[:, k]]) for k in range(growing.shape[1])]
-        save_image(args.scales, frames)
-        written.append(args.scales)
+    written = args.npz or args.out
     if args.npz:
-        write_npz(args.npz, images, labels[places.argsort()])
-        written.append(args.npz)
-    if args.png:
-        for i, place in enumerate(places):
-            save_image(args.png / f'{i:06d}.png', [make_grid([images[place][None]])])
-        written.append(args.png)
-    if not args.npz and not args.png:
-        width = args.n if len(classes) > 1 else 8
-        save_image(args.out, [make_grid(np.split(images, range(width, len(images), width)))])
-        written.append(args.out)
-    shutil.rmtree(folder)
-    print(f'\rdrew {len(images)} images; wrote', *written)
+        in_places = torch.empty_like(labels)
+        in_places[places] = labels
+        write_npz(args.npz, images, in_places)
+    else:
+        save_image(args.out, [sheet(images, columns)])
+    if args.scales:
+        frames = [make_grid(growing)]                           # a row per image
+        if is_gif:                                              # a frame per scale
+            frames = [sheet(growing[:, k], columns) for k in range(len(vae.patch_nums))]
+        save_image(args.scales, frames)
+        written = f'{written} and {args.scales}'
+    tell(f'drew {len(images)} images; wrote {written}')
 
 
 if __name__ == '__main__':

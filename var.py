@@ -7,38 +7,30 @@
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
 Section 6 for editing. Where paper and released weights differ, this file follows the weights:
 - Guidance is 2.0 in Table 3 and 1.5 in the release, top-k 600 and 900. Guidance grows linearly over
-  the scales and is written (1 + t) c - t u, so that t = 1.5 is 2.5 in the other convention.
+  the scales, up to its value t at the last one. The release writes (1 + t) c - t u, for logits c
+  with the class and u without. Elsewhere it is often written u + s (c - u): there s is 1 + t, so
+  that the release's t = 1.5 is s = 2.5.
 - Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
 
-Letters: B batch, K scales, p side of the token map of one scale, l = p * p its tokens, L tokens of
-all scales, w width, d depth, h heads, V codes, z code dimension. k is one of the scales: from 0 in
-code, from 1 in the paper's formulas and where a text speaks of scale 1.
+Letters: B batch, K scales, p side of the token map of one scale, l = p * p its tokens, P side of
+the last map, L tokens of all scales, m tokens in the cache, w width, d depth, h heads, V codes,
+z code dimension. k is one of the scales, from 0, where the paper counts from 1.
 Parameters have the names of the released files, so that weights load in both directions.
-
-The end of the file has what the commands share: loading, devices, precision, the command line.
 """
-import argparse
-import atexit
 import math
-import os
-import pickle
-import sys
-from contextlib import nullcontext
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokenizer import VQVAE, UserError, explain, scale_of_token
+from tokenizer import scale_of_token
 
 
 def block_causal_mask(patch_nums):
     """The attention mask of Fig. 4, (L, L): 0 where token i may see token j, else -inf.
 
-    A token sees all of its own scale and of the scales before it. For the scales 1 and 2, which
+    A token sees all of its own scale and of the scales before it. For scales of 1x1 and 2x2, which
     have 1 + 4 tokens, the mask is (x for -inf):
         0 x x x x       the token of the first scale sees itself
         0 0 0 0 0       each of the four tokens of the second scale sees the first scale
@@ -61,8 +53,7 @@ def layer_norm(x):
 def attend(q, k, v, mask):
     """softmax(q k^T + mask) v for q (B, h, l, 64), k and v (B, h, m, 64), mask (l, m) or None.
 
-    For training on a CPU it is written out, because the fused kernel is slower there: a training
-    step then takes 13 % longer at d6, and 10 % at d16 (batch 4, 256 px, two cores).
+    For training on a CPU it is written out, because the fused kernel is slower there.
     """
     if mask is not None:
         mask = mask.to(q.dtype)
@@ -74,17 +65,21 @@ def attend(q, k, v, mask):
 class Attention(nn.Module):
     """Self-attention with queries and keys of unit length (Section 4) and a scale per head."""
 
-    def __init__(self, w, heads, qk_norm):
+    def __init__(self, w, heads):
         super().__init__()
         self.heads = heads
-        self.qk_norm = qk_norm
         self.mat_qkv = nn.Linear(w, 3 * w, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(w))
         self.v_bias = nn.Parameter(torch.zeros(w))
         self.register_buffer('zero_k_bias', torch.zeros(w))     # keys have no bias
         self.proj = nn.Linear(w, w)
-        if qk_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
+
+    def normalise(self, q, k):
+        """Queries and keys (B, h, l, 64) of unit length: q.k is a cosine. A learned factor, at most
+        100, takes the place of 1 / sqrt(64)."""
+        factor = self.scale_mul_1H11.clamp_max(math.log(100)).exp()         # (1, h, 1, 1)
+        return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
 
     def forward(self, x, mask, cache=None):
         """x (B, l, w) -> (B, l, w). Training has a mask (l, l), and generation a cache instead.
@@ -96,13 +91,7 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias)                        # (B, l, 3w)
         q, k, v = qkv.view(B, l, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, h, l, 64) each
-        if self.qk_norm:
-            # q.k is a cosine; the learned factor, at most 100, takes the place of 1 / sqrt(64).
-            factor = self.scale_mul_1H11.clamp_max(math.log(100)).exp()     # (1, h, 1, 1)
-            q = F.normalize(q, dim=-1) * factor
-            k = F.normalize(k, dim=-1)
-        else:
-            q = q * (0.25 / math.sqrt(q.shape[-1]))     # an ablation of Table 3; 0.25: the release
+        q, k = self.normalise(q, k)
         q, k = q.to(v.dtype), k.to(v.dtype)             # under autocast, normalize gives float32
         if cache is not None:
             keys, values = cache
@@ -117,11 +106,11 @@ class Block(nn.Module):
     """Attention and FFN. The class scales and shifts the input of each, and gates its output: AdaLN
     (Section 4)."""
 
-    def __init__(self, w, heads, drop_rate, shared_aln, qk_norm):
+    def __init__(self, w, heads, drop_rate, shared_aln):
         super().__init__()
         # A buffer, because torch.compile makes one graph per value of a plain number.
         self.register_buffer('drop_rate', torch.tensor(drop_rate), persistent=False)
-        self.attn = Attention(w, heads, qk_norm)
+        self.attn = Attention(w, heads)
         self.ffn = nn.ModuleDict({'fc1': nn.Linear(w, 4 * w), 'fc2': nn.Linear(4 * w, w)})
         if shared_aln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, w))
@@ -147,18 +136,17 @@ class Block(nn.Module):
 
 
 class VAR(nn.Module):
-    """p(r_1 .. r_K) = prod_k p(r_k | r_<k), equation (6); patch_nums: the sides of the r_k.
+    """The product over all scales k of p(r_k | r_<k), equation (6). patch_nums: sides of the r_k.
 
     The depth d sets the width 64 d and d heads, equation (7). The blocks then have, equation (8),
     d (4 w^2 + 8 w^2 + 6 w^2) = 18 d w^2 weights in attention, FFN and AdaLN; embeddings, head and
     biases are not counted. Class index num_classes stands for "no class". shared_aln: one AdaLN
-    projection for all blocks, as in the 512 px model. qk_norm=False is an ablation of Table 3;
-    the released models have it on.
+    projection for all blocks, as in the 512 px model.
     """
     label_dropout = 0.1     # share of the training images that lose their label, for guidance
 
     def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, num_classes=1000,
-                 vocab_size=4096, z_channels=32, shared_aln=False, qk_norm=True):
+                 vocab_size=4096, z_channels=32, shared_aln=False):
         super().__init__()
         self.patch_nums = tuple(patch_nums)
         self.num_classes = num_classes
@@ -172,7 +160,7 @@ class VAR(nn.Module):
         self.register_buffer('lvl_1L', scale_of_token(patch_nums)[None])
         self.register_buffer('attn_bias_for_masking', block_causal_mask(patch_nums)[None, None])
         drop_rates = torch.linspace(0, 0.1 * depth / 24, depth).tolist()                # (7)
-        self.blocks = nn.ModuleList(Block(w, heads, drop_rate, shared_aln, qk_norm)
+        self.blocks = nn.ModuleList(Block(w, heads, drop_rate, shared_aln)
                                     for drop_rate in drop_rates)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w)) if shared_aln else None
         self.head_nm = nn.ModuleDict({'ada_lin': nn.Sequential(nn.SiLU(), nn.Linear(w, 2 * w))})
@@ -182,8 +170,9 @@ class VAR(nn.Module):
     @torch.no_grad()
     def init_weights(self, w, depth):
         """Initial weights, by parameter name; source: the release."""
-        # The gates gamma of AdaLN open slowly: at first a block does next to nothing.
-        gate = {16: 1e-3, 20: 1e-3, 24: 1e-4}.get(depth, 1e-5)
+        # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity.
+        # Their values by depth are the release's.
+        gate = {16: 1e-3, 20: 1e-3, 24: 1e-4, 36: 5e-6}.get(depth, 1e-5)
         ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
             # All weights and embeddings, but for biases and attention scales.
@@ -197,10 +186,11 @@ class VAR(nn.Module):
             # The head: the first loss is that of a uniform guess, ln V.
             if name == 'head.weight':
                 p.mul_(0.02)
-            # AdaLN: of the head, of a block (or of all blocks), and a block's offset to the shared.
+            # AdaLN: of the head, of a block, and a block's offset to the shared projection, which
+            # stays as it is.
             if name == 'head_nm.ada_lin.1.weight':
                 p.mul_(0.5)
-            elif name.endswith('ada_lin.1.weight'):
+            elif name.endswith('.ada_lin.1.weight'):
                 p.view(6, w, w).mul_(ada_factors[:, None, None])
             elif name.endswith('ada_gss'):
                 p.normal_(std=w ** -0.5).mul_(ada_factors[:, None])
@@ -236,7 +226,8 @@ class VAR(nn.Module):
     def forward(self, labels, x, targets=None):
         """Teacher forcing: all scales in one pass, under the block-causal mask (Fig. 4).
 
-        labels (B,) int64; x (B, L - p_1^2, z) of VQVAE.var_input; targets (B, L) int64, the tokens.
+        labels (B,) int64; x of VQVAE.var_input, (B, L - l, z) without the l tokens of the first
+        scale; targets (B, L) int64, the tokens.
         Returns logits (B, L, V) and the loss in nats per token, a scalar, or None without targets.
         The output at the positions of scale k predicts r_k at the same positions: unlike in
         next-token prediction, nothing is shifted by one, because their input is made of r_<k alone.
@@ -247,7 +238,7 @@ class VAR(nn.Module):
         condition = self.class_emb(labels)                                      # (B, w)
         blocks, head = self.modulations(condition)
         # [s], the start token of Fig. 4, is the class embedding.
-        start = condition[:, None] + self.pos_start                             # (B, p_1^2, w)
+        start = condition[:, None] + self.pos_start                             # (B, l, w)
         x = torch.cat([start, self.word_embed(x)], dim=1)                       # (B, L, w)
         x = x + self.positions()                                                # (B, L, w)
         for block, modulation in zip(self.blocks, blocks):
@@ -258,26 +249,23 @@ class VAR(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, vae, labels, cfg=1.5, top_k=900, top_p=0.96, seed=None, smooth=False,
-                 given=None, keep=None, return_tokens=False):
+    def generate(self, vae, labels, cfg=1.5, top_k=900, top_p=0.96, seed=None, given=None,
+                 keep=None, return_tokens=False):
         """Draws images scale by scale, equation (6): K passes, keys and values cached.
 
-        If the sides grow by a factor a, p_k = a^(k-1), these are 1 + log_a p_K passes (appendix).
+        An image of 256 px takes ten passes. If the sides grow by a factor a from 1 to P, there are
+        1 + log_a P passes (appendix).
 
-        labels: (B,) class indices; num_classes for "no class". cfg: guidance at the last scale.
-        top_k, top_p: see filter_logits. smooth: passes on a mixture of codes instead of the drawn
-        ones ("more smooth" in the release: nicer to look at, not for FID).
-        given, keep: zero-shot editing (Section 6): K token maps (B, l), and a mask (p_K, p_K) that
-        is 1 where they are kept.
+        labels: (B,) class indices; num_classes for "no class". cfg: guidance t at the last scale.
+        top_k, top_p: see filter_logits. given, keep: zero-shot editing (Section 6): K token maps
+        (B, l), and a mask (P, P) that is 1 where they are kept.
         Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps (B, l).
-        seed: an int, or a generator on the model's device. The same int draws the same images on
-        the same kind of device. Nothing waits for a GPU, but the copies of labels and keep to it.
+        The same seed, an int, draws the same images on the same kind of device. Only the copies of
+        labels and keep wait for a GPU.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
         labels = torch.as_tensor(labels, device=device)
-        generator = seed
-        if seed is not None and not isinstance(seed, torch.Generator):
-            generator = torch.Generator(device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         if cfg:
             # Classifier-free guidance doubles the batch: the class, then "no class". The second
             # half is also run at the first scale, where its weight is 0: later scales attend to
@@ -294,7 +282,8 @@ class VAR(nn.Module):
             start, end = end, end + p * p
             ratio = k / max(K - 1, 1)
             x = x + positions[:, start:end]                                     # (2B, l, w)
-            for block, modulation, cache in zip(self.blocks, blocks, caches[..., :end, :]):
+            so_far = caches[..., :end, :]               # this scale's part is not yet written
+            for block, modulation, cache in zip(self.blocks, blocks, so_far):
                 x = block(x, modulation, None, cache)                           # (2B, l, w)
             logits = self.logits(x, head)                                       # (2B, l, V)
             if cfg:
@@ -304,8 +293,6 @@ class VAR(nn.Module):
             # All tokens of the scale are drawn at once: given r_<k they are independent.
             r_k = draw(logits.softmax(-1), generator)                           # (B, l)
             z_k = vae.quantize.embedding(r_k)                                   # (B, l, z)
-            if smooth:
-                z_k = gumbel_mixture(logits, ratio, generator) @ vae.quantize.embedding.weight
             if given is not None:
                 kept = kept_tokens(keep, p).to(device)                          # (l,)
                 r_k = torch.where(kept, given[k], r_k)
@@ -329,8 +316,7 @@ class VAR(nn.Module):
         num_classes = len(weights['class_emb.weight']) - 1
         V, z = len(weights['head.weight']), weights['word_embed.weight'].shape[1]
         var = cls(sides, depth, num_classes, V, z,
-                  shared_aln='shared_ada_lin.1.weight' in weights,
-                  qk_norm='blocks.0.attn.scale_mul_1H11' in weights)
+                  shared_aln='shared_ada_lin.1.weight' in weights)
         var.load_state_dict(weights)
         return var
 
@@ -349,9 +335,10 @@ def filter_logits(logits, top_k=0, top_p=0.0):
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if 0 < top_p < 1:
         ascending, order = logits.sort(dim=-1)
-        outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        outside[..., -1] = False
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+        unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p            # in ascending order
+        unlikely[..., -1] = False
+        outside = unlikely.scatter(-1, order, unlikely)                     # in the codes' order
+        logits = logits.masked_fill(outside, -torch.inf)
     return logits
 
 
@@ -365,19 +352,8 @@ def draw(probabilities, generator):
     return (probabilities / e).argmax(-1)
 
 
-def gumbel_mixture(logits, ratio, generator):
-    """Weights of a Gumbel-softmax mixture of codes, (B, l, V), for filtered logits (B, l, V).
-
-    ratio: k / (K - 1). The temperature falls to almost 0 at the last scale, where the mixture is
-    nearly a single code. Formula and constants are the release's ("more smooth").
-    """
-    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
-    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
-    return ((logits * (1 + ratio) + gumbel) / temperature).softmax(-1)
-
-
 def kept_tokens(keep, p):
-    """Which tokens of a p x p map the mask (p_K, p_K) keeps: bool (l,). Source: the release.
+    """Which tokens of a p x p map the mask (P, P) keeps: bool (l,). Source: the release.
 
     The mask is shrunk bilinearly and cut at one half. The 1x1 map is always kept: its token stands
     for the whole image.
@@ -387,272 +363,3 @@ def kept_tokens(keep, p):
     small = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear')
     return small.flatten() > 0.5
 
-
-# ---- Loading ----
-
-VERSION = 2         # of the layout of ckpt.pt
-# What the released files do not contain: the tokenizer's scales, and the sampling behind the FID of
-# Section 5.1 (top-k is 600 in Table 3).
-RELEASED = {'patch_nums': (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-            'sampling': {'cfg': 1.5, 'top_k': 900, 'top_p': 0.96}}
-# What torch.load raises for files that are damaged or no checkpoints (found by the fuzz test).
-UNLOADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-              ArithmeticError, MemoryError, pickle.UnpicklingError)
-
-
-def unwrap(weights):
-    """A state dict without the prefixes that torch.compile and DistributedDataParallel add."""
-    for prefix in ('module.', '_orig_mod.', 'module.'):
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
-
-
-def read_checkpoint(path):
-    """A dict from a file of torch.save; no code in it is run. Models are under 'vae' and 'var'.
-
-    Reads ckpt.pt and model.pt of train.py, the released files, and checkpoints of the official
-    trainer. Raises UserError for a file that is no dict of torch.save.
-    """
-    path = os.fspath(path)
-    with explain(f'cannot read {path}', OSError), open(path, 'rb') as f:
-        head = f.read(9)
-    if head[8:] == b'{':                        # safetensors: a length of 8 bytes, then JSON
-        raise UserError(f"{path} is a safetensors file: convert it by torch.save(safetensors.torch"
-                        f".load_file('{path}'), 'weights.pt'), from the safetensors package")
-    hint = 'the file is damaged, or no checkpoint of torch.save'
-    with explain(f'cannot read {path}', UNLOADABLE, hint):
-        try:
-            ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        except pickle.UnpicklingError:
-            others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if others:
-                raise UserError(f'{path} holds {min(others)}, which is not loaded because it could '
-                                'run code: save the state_dict alone') from None
-            raise
-        ckpt = unwrap(dict(ckpt))
-        if 'lvl_1L' in ckpt:                                    # a released transformer
-            return {'var': ckpt}
-        if 'quantize.embedding.weight' in ckpt:                 # a released tokenizer
-            return {'vae': ckpt}
-        if 'trainer' in ckpt:                                   # both, from the official trainer
-            ckpt = {'vae': ckpt['trainer']['vae_local'], 'var': ckpt['trainer']['var_wo_ddp']}
-        for name in ('vae', 'var'):
-            if name in ckpt:
-                ckpt[name] = unwrap(ckpt[name])
-        return ckpt
-
-
-def load(path, tokenizer=None):
-    """Both models of a checkpoint: (vae, var or None, ckpt), on the CPU, in evaluation mode.
-
-    path: ckpt.pt or model.pt of train.py, or a released transformer. tokenizer: a second file with
-    the tokenizer, which a released transformer needs. ckpt always has 'sampling', the options for
-    VAR.generate. Raises UserError where a file is of another kind, or the two do not fit.
-    """
-    ckpt = {**RELEASED, **read_checkpoint(path)}
-    if tokenizer:
-        ckpt['vae'] = read_checkpoint(tokenizer).get('vae')
-    if ckpt.get('version', VERSION) != VERSION:
-        raise UserError(f'{path} has layout {ckpt["version"]}, this code reads {VERSION}')
-    if not ckpt.get('vae'):
-        hint = 'with a released transformer, add --tokenizer vae_ch160v4096z32.pth'
-        if 'classifier' in ckpt:                # train.py was stopped before stage 1
-            hint = 'continue with train.py --resume'
-        raise UserError(f'{tokenizer or path} has no tokenizer: {hint}')
-    var = None
-    if ckpt.get('var'):
-        with explain(f'{path}: not the weights of a transformer', UNLOADABLE):
-            var = VAR.from_state_dict(ckpt['var']).eval()
-            ckpt['patch_nums'] = var.patch_nums
-    with explain(f'{tokenizer or path}: not the weights of a tokenizer', UNLOADABLE):
-        vae = VQVAE.from_state_dict(ckpt['vae'], ckpt['patch_nums']).eval()
-    codes = vae.quantize.embedding.weight.shape                             # (V, z)
-    if var and (var.vocab_size, var.word_embed.in_features) != codes:
-        raise UserError(f'the transformer of {path} was trained with another tokenizer than that '
-                        f'of {tokenizer or path}')
-    return vae, var, ckpt
-
-
-# ---- Devices and precision ----
-
-
-def pick_device(name=None):
-    """The named device, or the best there is: cuda, mps, cpu. UserError if it cannot be used.
-
-    Under torchrun it also joins the process group; each process takes the GPU of its local rank.
-    """
-    local_rank, world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if name is None:
-        name = 'cpu'
-        if torch.cuda.is_available():
-            name = 'cuda'
-        elif torch.backends.mps.is_available():
-            name = 'mps'
-    with explain(f'--device {name}', (RuntimeError, AssertionError, NotImplementedError)):
-        device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
-        torch.zeros(1, device=device)                           # only use shows whether it is there
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)                       # for the collectives
-    if world > 1 and not dist.is_initialized():
-        # The others wait while one downloads or evaluates: longer than the default of ten minutes.
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo',
-                                timeout=timedelta(hours=2))
-        # Without this, a thread of the group sometimes aborts the process at its exit.
-        atexit.register(dist.destroy_process_group)
-    return device
-
-
-def rank_and_world():
-    """The rank of this process and the number of processes: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def wait_for_all():
-    """Returns when all processes have come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-PRECISIONS = ('bfloat16', 'float16', 'float32')
-
-
-def choose_precision(device, name=None):
-    """name, or without one the fastest of PRECISIONS that the device computes natively."""
-    if name:
-        return name
-    if device.type == 'cuda':
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 0):                                # Ampere and later
-            return 'bfloat16'
-        if capability >= (7, 0):                                # V100, T4: matrix units for float16
-            return 'float16'
-    if device.type == 'cpu':
-        native = getattr(torch.cpu, '_is_avx512_bf16_supported', None)
-        if native is not None and native():
-            return 'bfloat16'
-    return 'float32'
-
-
-def precision(device, name=None):
-    """An autocast context in the named precision, by default in the device's best one."""
-    name = choose_precision(device, name)
-    if name == 'float32':
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, name))
-
-
-def cast_linear_weights(var, device, name=None):
-    """Casts the weights of linear maps once, where autocast would cast them anew for each batch.
-
-    For sampling under precision() with the same arguments: the tokens stay the same, and one image
-    of d16 takes 3.2 s instead of 3.7 s on two cores. Returns the transformer, on the device.
-    """
-    dtype = getattr(torch, choose_precision(device, name))
-    for module in var.modules():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
-    return var.to(device)
-
-
-def compile_forward(modules, device):
-    """torch.compile of the forward passes of modules. UserError where there is no compiler."""
-    # Modules of one class share this limit. A block has a graph for scale 1, one for the other
-    # scales, and others in training and in evaluation; beyond the limit it would not be compiled.
-    torch._dynamo.config.cache_size_limit = 64
-    # Compilation waits for the first call: a small one shows whether there is a compiler.
-    with explain('--compile', RuntimeError, 'it needs a C++ compiler, on a GPU Triton'):
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    for module in modules:
-        # The tokenizer gets a graph for each shape, because torch 2.13 cannot compile its
-        # convolutions, whose tensors are channels_last, for sizes that vary. A block gets one for
-        # all scales.
-        dynamic = None if isinstance(module, Block) else False
-        module.forward = torch.compile(module.forward, dynamic=dynamic)
-
-
-def record_generate(var, vae, B, **options):
-    """VAR.generate with these options for B labels, recorded as a CUDA graph.
-
-    The K passes have fixed shapes, and nothing in them waits for the GPU. One launch can therefore
-    replace those of all kernels, which take longer than the kernels where B is small.
-    Returns a function: labels (B,), seed -> what generate returns. Its next call overwrites that.
-    Both models have to live as long as it does, and their weights get requires_grad=False.
-    """
-    # Autocast keeps converted copies of weights that need gradients, and frees them when its
-    # context ends. The graph would then read freed memory.
-    vae.requires_grad_(False)
-    var.requires_grad_(False)
-    device = var.pos_start.device
-    labels = torch.zeros(B, dtype=torch.int64, device=device)
-    generator = torch.Generator(device)
-
-    # The first calls compile, choose kernels and allocate workspaces, which cannot be recorded.
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            var.generate(vae, labels, seed=generator, **options)
-    torch.cuda.current_stream(device).wait_stream(side)
-
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        result = var.generate(vae, labels, seed=generator, **options)
-
-    def replay(new_labels, seed):
-        labels.copy_(new_labels)
-        generator.manual_seed(seed)
-        graph.replay()
-        return result
-    return replay
-
-
-# ---- The command line ----
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows the description as it is written, and takes no abbreviated options. Wrong options
-    become a UserError: one line, without the usage text."""
-
-    def __init__(self, description, **more):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
-
-    def error(self, message):
-        raise UserError(f'{message}; see --help')
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float from low to high."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            limit = f'at least {low}' if high == math.inf else f'from {low} to {high}'
-            raise argparse.ArgumentTypeError(f'{text} is out of range: {limit}')
-        return value
-    convert.__name__ = kind.__name__                            # argparse shows it in its messages
-    return convert
-
-
-def run(main, out_of_memory='a smaller --batch'):
-    """Runs a command. A UserError ends in one line and status 2, an interruption in 130.
-
-    out_of_memory: what to try where memory does not suffice. Any other exception is a fault of the
-    program, and keeps its traceback.
-    """
-    try:
-        return main()
-    except KeyboardInterrupt:
-        sys.exit(130)                                           # as shells have it: 128 + SIGINT
-    except (UserError, OSError) as e:
-        message = str(e)
-    except (RuntimeError, MemoryError) as e:
-        # Of CUDA and its libraries, of torch on the CPU, of numpy.
-        signs = ('out of memory', 'alloc_failed', 'allocate memory', 'memoryerror')
-        text = f'{type(e).__name__} {e}'.lower()
-        if not any(sign in text for sign in signs):
-            raise
-        message = f'out of memory: try {out_of_memory}'
-    print(f'error: {message}', file=sys.stderr, flush=True)
-    sys.exit(2)

@@ -1,0 +1,203 @@
+"""Folders of images: what becomes a class, what is for training, what for validation."""
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from support.run import UserError, tell
+
+LAYOUTS = ('expected are <class>/*, or train/<class>/* with or without val/<class>/*, or Tiny '
+           'ImageNet or ImageNet as distributed, or images alone')
+TRAIN_NAMES = ('train', 'training')
+VAL_NAMES = ('val', 'valid', 'validation', 'test')              # the first one that is there
+# Folders that systems make beside what people put there.
+NO_CLASSES = ('@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN', 'lost+found')
+
+
+def subfolders(folder):
+    """Names of the subfolders, sorted, without hidden ones, those of systems, and links that lead
+    back up."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries
+                 if entry.name[0] != '.' and entry.name not in NO_CLASSES
+                 and (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())]
+    here = Path(os.path.realpath(folder))
+    above = [here, *here.parents]
+    return sorted(name for name in names if Path(os.path.realpath(folder / name)) not in above)
+
+
+def images_in(root, folder, others):
+    """Image files at folder/* and folder/images/*, sorted: names relative to root.
+
+    As a numpy array of bytes, which takes a tenth of the memory of a list of Path objects. Other
+    files are counted in `others`, {ending: number}.
+    """
+    endings, names = Image.registered_extensions(), []
+    for place in (folder, os.path.join(folder, 'images')):
+        if os.path.isdir(root / place):
+            for entry in os.scandir(root / place):
+                ending = os.path.splitext(entry.name)[1].lower()
+                if ending in endings and entry.name[0] != '.':
+                    names.append(os.fsencode(os.path.join(place, entry.name)))
+                elif entry.name[0] != '.' and os.path.isfile(entry.path):
+                    others[ending or entry.name] += 1
+    return np.array(sorted(names), dtype=np.bytes_)
+
+
+def class_folders(root, folder, others):
+    """{class: names of images} of the class folders in root / folder that have images."""
+    found = {name: images_in(root, os.path.join(folder, name), others)
+             for name in subfolders(root / folder) if name != 'images'}
+    return {name: names for name, names in found.items() if len(names) > 0}
+
+
+def by_class(root, folder, others):
+    """class_folders; or if there are none, {'': the images that lie in it}; {} without images."""
+    loose = images_in(root, folder, others)
+    found = class_folders(root, folder, others)
+    if found and len(loose) > 0:
+        others['images beside the class folders'] += len(loose)
+    empty = [name for name in subfolders(root / folder) if name not in found and name != 'images']
+    if found and empty:
+        tell(f'folders without images, left out: {", ".join(empty)}')
+    return found or ({'': loose} if len(loose) > 0 else {})
+
+
+def find_splits(root):
+    """The names of root's subfolders for training and for validation; '' where there is none.
+
+    A class can be called train, as bus and truck can: a folder of this name is for training where
+    it holds class folders, or where no other folder beside it, but for splits, holds images.
+    """
+    by_name = {name.lower(): name for name in subfolders(root)}
+    train = [by_name[name] for name in TRAIN_NAMES if name in by_name]
+    val = [by_name[name] for name in VAL_NAMES if name in by_name]
+    if not train:
+        return '', ''
+    if not class_folders(root, train[0], Counter()):
+        classes = {name.lower() for name in class_folders(root, '', Counter())}
+        if classes - {*TRAIN_NAMES, *VAL_NAMES}:
+            return '', ''
+    return train[0], (val[0] if val else '')
+
+
+def say_left_out(others):
+    """What to say of files that are no images, {ending: number}."""
+    text = ', '.join(f'{number} {ending}' for ending, number in others.most_common(5))
+    if {'.tar', '.gz', '.tgz', '.zip', '.parquet'} & {*others}:
+        text += '; archives have to be unpacked into image files'
+    if '.heic' in others:
+        text += '; Pillow does not read HEIC: convert it'
+    if 'data_batch_1' in others:
+        text += '; for CIFAR-10, --data cifar10'
+    return text
+
+
+def find_root(asked):
+    """The folder that --data means, and its training images {class: names}: `asked` or, if it has
+    no images where they count, the nearest folder below. UserError if there are several."""
+    level, not_images = [asked], None
+    for _ in range(5):
+        found = {}
+        for folder in level:
+            others = Counter()
+            train = by_class(folder, find_splits(folder)[0], others)
+            if train:
+                found[folder] = train, others
+            not_images = not_images or others                   # of the folder that was asked for
+        if len(found) > 1:
+            raise UserError(f'--data {asked}: no images in it, but in several folders below: try '
+                            f'--data {min(found)}')
+        if found:
+            root, (train, others) = found.popitem()
+            if others:
+                tell(f'left out: {say_left_out(others)}')
+            return root, train
+        level = [folder / name for folder in level for name in subfolders(folder)]
+    but = f', but {say_left_out(not_images)}' if not_images else ''
+    raise UserError(f'--data {asked}: no images in it{but}; {LAYOUTS}')
+
+
+def validation_images(root, folder, train):
+    """{class: names of images} of a validation folder; {} without any, or without labels."""
+    found = by_class(root, folder, Counter())
+    annotations = root / folder / 'val_annotations.txt'
+    if found and annotations.exists():                          # Tiny ImageNet: file, class, box
+        with open(annotations, newline='', errors='replace') as f:
+            class_of = {row[0]: row[1] for row in csv.reader(f, delimiter='\t') if row}
+        groups = {}
+        for name in np.concatenate(list(found.values())):
+            label = class_of.get(os.path.basename(os.fsdecode(name)), 'unknown')
+            groups.setdefault(label, []).append(name)
+        return {label: np.array(names) for label, names in groups.items()}
+    without_labels = '' in found
+    return {} if without_labels and '' not in train else found
+
+
+def hold_out(groups):
+    """Splits {class: names} for validation: every tenth image of a class, or the second one of a
+    class with fewer than ten. Where every class has a single image, the same of the classes."""
+    if all(len(names) == 1 for names in groups.values()):
+        held = list(groups)[9::10] if len(groups) >= 10 else list(groups)[1:2]
+        return ({name: groups[name] for name in groups if name not in held},
+                {name: groups[name] for name in held})
+    train, val = {}, {}
+    for name, names in groups.items():
+        held = np.arange(len(names)) % 10 == (9 if len(names) >= 10 else 1)
+        train[name], val[name] = names[~held], names[held]
+    return train, val
+
+
+def labelled(groups, classes):
+    """{class: names of images} -> all their names (N,), and labels (N,): indices of classes."""
+    present = [name for name in classes if name in groups]
+    labels = [np.full(len(groups[name]), classes.index(name), np.int64) for name in present]
+    return np.concatenate([groups[name] for name in present]), np.concatenate(labels)
+
+
+def read_folder(root):
+    """Training set and validation set, each names of files (N,) and labels (N,); the classes; the
+    folder that the names are relative to. Prints what is used as what.
+
+    See LAYOUTS for what is understood; raises UserError for anything else.
+    """
+    asked = Path(root)
+    if not asked.is_dir():
+        what = 'a file; unpack it first' if asked.is_file() else 'no such folder'
+        raise UserError(f'--data {asked}: {what}; {LAYOUTS}')
+    root, train = find_root(asked)
+    train_folder, val_folder = find_splits(root)
+    used = f'{root / train_folder}: training'
+    val = validation_images(root, val_folder, train) if val_folder else {}
+    if val:
+        used += f'; {root / val_folder}: validation'
+    elif val_folder:
+        used += f'; {root / val_folder}: no labelled images, not used'
+    stray = sorted({*val} - {*train})
+    if stray:
+        raise UserError(f'{root / val_folder}: no training images of class {stray[0]}; {LAYOUTS}')
+    classes = sorted(train)
+    if not val:
+        train, val = hold_out(train)
+        used += '; every tenth image of a class is held out for validation'
+    if not any(map(len, train.values())) or not any(map(len, val.values())):
+        raise UserError(f'--data {asked}: fewer than two images; {LAYOUTS}')
+    tell(used)
+    sets = labelled(train, classes), labelled(val, classes)
+    return *sets, [root.resolve().name] if classes == [''] else classes, root
+
+
+def class_words(root, classes):
+    """What words.txt or LOC_synset_mapping.txt call each class; '' where nothing is known. They
+    are looked for in root and in the folders above it."""
+    words = {}
+    for folder in (root.resolve(), *root.resolve().parents):
+        for path in (folder / 'words.txt', folder / 'LOC_synset_mapping.txt'):
+            if path.is_file():
+                for line in path.read_text(errors='replace').splitlines():
+                    name, _, word = line.strip().partition('\t' if '\t' in line else ' ')
+                    words.setdefault(name, word)
+    return [words.get(name, '') for name in classes]

@@ -1,0 +1,99 @@
+"""The learned losses of equation (5): L_P, and L_G with its discriminator.
+
+Departures from the paper: L_P is LPIPS without its learned weights. L_G has a small patch
+discriminator in the manner of VQGAN's, not one like StyleGAN's, and VQGAN's weight lambda_G; the
+paper gives none.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tokenizer import conv3x3, group_norm
+
+
+class PerceptualLoss(nn.Module):
+    """L_P of (5): the distance of two images in the features of a VGG-16 that was trained on
+    ImageNet, at five depths.
+
+    weights: a dict, torchvision's vgg16-397923af.pth. RuntimeError if it is another one.
+    """
+    WIDTHS = (64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool',
+              512, 512, 512, 'pool')
+
+    def __init__(self, weights):
+        super().__init__()
+        layers, c = [], 3
+        for width in self.WIDTHS:
+            if width == 'pool':
+                layers += [nn.MaxPool2d(2)]
+            else:
+                layers += [conv3x3(c, width), nn.ReLU()]
+                c = width
+        self.layers = nn.Sequential(*layers).requires_grad_(False)
+        convs = {name.removeprefix('features.'): value for name, value in weights.items()
+                 if name.startswith('features.')}
+        self.layers.load_state_dict(convs)
+        self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer('deviation', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def features(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> a map of each depth, (B, channels, height, width)."""
+        x, found = (images / 2 + 0.5 - self.mean) / self.deviation, []
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):                 # a depth ends
+                found.append(x)
+            x = layer(x)
+        return found
+
+    def forward(self, rebuilt, images):
+        """Images (B, 3, H, W) in [-1, 1], twice -> their mean distance, a scalar."""
+        with torch.no_grad():                                   # the real images need no gradient
+            real = self.features(images)
+        distances = []
+        for f, g in zip(self.features(rebuilt), real):
+            # Vectors of unit length at every place.
+            f, g = F.normalize(f.float(), dim=1), F.normalize(g.float(), dim=1)
+            distances.append((f - g).square().sum(1).mean())
+        return sum(distances) / len(distances)
+
+
+class PatchDiscriminator(nn.Sequential):
+    """(B, 3, H, W) -> (B, 1, H/8, W/8): a score per patch, above 0 for real, below for rebuilt."""
+
+    def __init__(self, ch=64):
+        layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c in (ch, 2 * ch):
+            layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), group_norm(2 * c), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, conv3x3(4 * ch, 1))
+
+
+class AdversarialLoss(nn.Module):
+    """lambda_G L_G of (5): the hinge loss of a patch discriminator, with the weight of VQGAN."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+        self.disc = PatchDiscriminator()
+
+    def forward(self, images, rebuilt, others, last_layer):
+        """The loss to minimise, of decoder and discriminator at once, and lambda_G; scalars.
+
+        images, rebuilt (B, 3, H, W); others: the sum of the other losses, a scalar; last_layer: the
+        weights of the decoder's last layer.
+        """
+        # For the decoder the discriminator's weights are constants, and the other way round, so
+        # that one optimizer and one backward pass serve both.
+        constants = {name: p.detach() for name, p in self.disc.named_parameters()}
+        # In float32, because the gradient of a mean, times lambda_G and a scaler, exceeds float16.
+        fool = -torch.func.functional_call(self.disc, constants, rebuilt).float().mean()
+        real, fake = self.disc(images).float(), self.disc(rebuilt.detach()).float()
+        judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2            # the discriminator's
+        # lambda_G is `share` times the ratio of two gradients at the decoder's last layer: of the
+        # other losses, and of L_G. The factor keeps them from vanishing in float16; their ratio is
+        # the same.
+        norms = []
+        for loss in (others, fool):
+            (gradient,) = torch.autograd.grad(4096 * loss, last_layer, retain_graph=True)
+            norms.append(gradient.norm())
+        weight = (self.share * norms[0] / (norms[1] + 1e-4)).clamp_max(1e4)
+        return weight * fool + judge, weight

@@ -1,0 +1,882 @@
+"""Tests of what is not the paper's: files, folders, checkpoints, the commands, the experiments.
+
+They run with those of test_var.py, by python -m pytest -q. The oracles are real files of every kind,
+damaged ones, and the commands themselves.
+"""
+import ast
+import dataclasses
+import hashlib
+import http.server
+import importlib
+import io
+import json
+import operator
+import os
+import pickle
+import re
+import sys
+import tarfile
+import threading
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from test_var import (CPU, HERE, TINY, command, models, same_weights, seed,  # noqa: F401
+                      small_stage, trained, write_images)
+
+sys.path.insert(0, str(HERE / 'experiments'))
+
+import edit
+import evaluate
+import reject
+import sample
+import train
+from support import data
+from support.checkpoints import fetch, load
+from support.data import ImageSet, tokenize
+from support.folders import LAYOUTS, class_words, read_folder
+from support.images import crop, open_image, to_tensor, to_uint8
+from support.run import (UserError, cast_linear_weights, precision, read_log, run,
+                         write_file)
+from tokenizer import VQVAE
+from var import VAR
+
+# A deprecated call in this project's own lines is an error.
+pytestmark = [pytest.mark.filterwarnings(f'error::{kind}:{module}')
+              for kind in ('DeprecationWarning', 'FutureWarning')
+              for module in ('var', 'tokenizer', 'train', 'sample', 'support', 'edit', 'evaluate',
+                             'reject')]
+
+
+# ---- Weights in files ----
+
+
+def test_weights_as_any_program_saves_them(tmp_path):
+    for options in ({}, {'shared_aln': True}):
+        vae, var = models((1, 3, 4), 3, 7, **options)
+        again = VAR.from_state_dict(var.state_dict())
+        assert again.patch_nums == (1, 3, 4) and again.num_classes == 7
+        for a, b in ((var, again), (vae, VQVAE.from_state_dict(vae.state_dict(), (1, 3, 4)))):
+            a, b = a.state_dict(), b.state_dict()
+            assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+    def check(*files):
+        found_vae, found_var, ckpt = load(*files)
+        assert torch.equal(found_var.pos_1LC, var.pos_1LC) and ckpt['sampling']['top_k'] == 900
+        assert torch.equal(found_vae.quantize.embedding.weight, vae.quantize.embedding.weight)
+
+    one, two = tmp_path / 'var.pth', tmp_path / 'vae.pth'
+    for prefix in ('', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'):
+        wrapped = [{prefix + k: v for k, v in m.state_dict().items()} for m in (var, vae)]
+        torch.save(wrapped[0], one)
+        torch.save(wrapped[1], two)
+        check(one, two)                                         # two files, as released
+        torch.save({'trainer': {'var_wo_ddp': wrapped[0], 'vae_local': wrapped[1]}}, one)
+        check(one)                                              # the official trainer's
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / 'x.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(4))
+    with pytest.raises(UserError, match='safetensors file: convert it by'):
+        load(tmp_path / 'x.safetensors')
+    torch.save({'vae': Fraction(1, 2)}, tmp_path / 'objects.pt')
+    with pytest.raises(UserError, match='could run code'):
+        load(tmp_path / 'objects.pt')
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path('touched'),)
+
+
+def test_fuzzed_checkpoints(trained, tmp_path, monkeypatch):
+    """200 files that were checkpoints: none runs code, and what is damaged gets one line."""
+    monkeypatch.chdir(tmp_path)
+    rng, whole = np.random.default_rng(0), (trained / 'model.pt').read_bytes()
+    ckpt, loaded = torch.load(trained / 'model.pt', weights_only=True), 0
+    true = load(trained / 'model.pt')[1].state_dict()
+    for i in range(200):
+        data = bytearray(whole)
+        if i % 4 == 0:
+            data = data[:rng.integers(len(data))]
+        elif i % 4 == 1:
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        elif i % 4 == 2:                                        # an entry that is another's, or evil
+            keys = [*ckpt, 'other']
+            value = [*ckpt.values(), Evil()][rng.integers(len(keys))]
+            torch.save({**ckpt, keys[rng.integers(len(keys))]: value}, 'x.pt')
+            data = Path('x.pt').read_bytes()
+        else:
+            data = bytearray(pickle.dumps({'vae': Evil(), 'x': i}))
+            data[rng.integers(len(data))] ^= rng.integers(2)
+        Path('x.pt').write_bytes(data)
+        try:
+            _, var, _ = load('x.pt')
+            # torch.load checks no sums: a damaged file can load, with other weights.
+            loaded += var is None or all(torch.equal(v, true[k]) for k, v in var.state_dict().items())
+        except UserError as e:
+            assert len(str(e).splitlines()) == 1
+    assert 10 < loaded < 100 and not Path('touched').exists()
+
+
+# ---- Images in files ----
+
+
+def test_images_of_every_kind(tmp_path):
+    def mean(name, image, **options):
+        image.save(tmp_path / name, **options)
+        return np.asarray(open_image(tmp_path / name, 8)).mean((0, 1))
+
+    red = Image.new('RGB', (20, 10), (200, 20, 30))
+    for mode, name in (('RGB', 'a.png'), ('CMYK', 'b.tiff'), ('P', 'c.png'), ('RGBA', 'd.webp')):
+        assert np.abs(mean(name, red.convert(mode)) - (200, 20, 30)).max() < 12, name
+    assert mean('e.png', Image.new('RGBA', (9, 9), (0, 0, 0, 0))).min() == 255     # white behind it
+    for depth in (np.uint16, np.float32):
+        with pytest.raises(UserError, match='converted to 8 bits'):
+            mean('f.tiff', Image.fromarray(np.ones((9, 9), depth)))
+    exif = red.getexif()
+    exif[0x112] = 6                                             # turned by a quarter
+    red.save(tmp_path / 'i.jpg', exif=exif)
+    assert open_image(tmp_path / 'i.jpg', 8).size == (10, 20)
+    Image.new('1', (14000, 14000)).save(tmp_path / 'bomb.png')
+    (tmp_path / 'empty.jpg').write_bytes(b'')
+    for name in ('bomb.png', 'empty.jpg'):
+        with pytest.raises(UserError, match=name):
+            open_image(tmp_path / name, 8)
+
+
+def test_images_as_disks_have_them(tmp_path):
+    """A very long one, a damaged EXIF note, a photograph of 108 megapixels."""
+    Image.new('RGB', (200_000, 1), 'red').save(tmp_path / 'long.png')
+    assert (crop(open_image(tmp_path / 'long.png', 128), 128) == (255, 0, 0)).all()
+    red = Image.new('RGB', (20, 10), 'red')
+    note = PngImagePlugin.PngInfo()
+    note.add_text('Raw profile type exif', '\nexif\n   7\nnothex!\n')
+    red.save(tmp_path / 'note.png', pnginfo=note)
+    red.save(tmp_path / 'chunk.png', exif=b'Exif\0\0II*\0\xff\xff\xff\xff')
+    for name in ('note.png', 'chunk.png'):
+        assert (np.asarray(open_image(tmp_path / name, 8)) == (255, 0, 0)).all(), name
+    Image.new('L', (12_000, 9_000), 99).save(tmp_path / 'photo.jpg')
+    assert (crop(open_image(tmp_path / 'photo.jpg', 64), 64) == 99).all()
+
+
+def test_fuzzed_images(tmp_path):
+    """240 files that were images: each is read as one or gets one line, and never a traceback."""
+    rng, whole = np.random.default_rng(0), []
+    noise = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    for mode, kind in (('RGB', 'png'), ('RGB', 'jpeg'), ('CMYK', 'jpeg'), ('P', 'gif'), ('RGBA', 'webp'),
+                       ('RGB', 'bmp'), ('L', 'tiff'), ('I;16', 'png')):
+        image = noise.convert('L').convert(mode) if mode == 'I;16' else noise.convert(mode)
+        image.save(tmp_path / f'{mode[0]}.{kind}')
+        whole.append((tmp_path / f'{mode[0]}.{kind}').read_bytes())
+    good = 0
+    for i in range(240):
+        data = bytearray(whole[i % len(whole)])
+        if i % 3 == 0:
+            data = data[:rng.integers(len(data))]               # cut short
+        elif i % 3 == 1:
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        else:
+            a, b = sorted(rng.integers(len(data), size=2))
+            data = data[b:] + data[a:b] + data[:a]              # swapped
+        (tmp_path / 'x').write_bytes(data)
+        try:
+            good += crop(open_image(tmp_path / 'x', 32), 32).shape == (32, 32, 3)
+        except UserError as e:
+            assert len(str(e).splitlines()) == 1
+    assert 40 < good < 200
+
+
+def test_nothing_is_lost_when_the_disk_refuses(tmp_path):
+    write_file(tmp_path / 'a', lambda f: f.write(b'old'))
+
+    def fail(f):
+        f.write(b'new')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(UserError, match='cannot write .*No space left'):
+        write_file(tmp_path / 'a', fail)
+    assert (tmp_path / 'a').read_bytes() == b'old' and os.listdir(tmp_path) == ['a']
+    resource = pytest.importorskip('resource')                  # not on Windows
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))
+    try:                                                        # as on a disk with a MiB left
+        with pytest.raises(UserError, match='cannot write .*a: ') as e:
+            write_file(tmp_path / 'a', lambda f: torch.save(torch.zeros(2 ** 19), f))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 'File too large' in str(e.value) or 'the disk may be full' in str(e.value)
+    assert (tmp_path / 'a').read_bytes() == b'old' and os.listdir(tmp_path) == ['a']
+
+
+# ---- Data ----
+
+
+def test_shapes_depend_on_the_seed_alone():
+    a, b, c = data.shapes(40, 32, 0), data.shapes(40, 32, 0), data.shapes(40, 32, 1)
+    assert a[0].shape == (40, 32, 32, 3) and a[0].dtype == np.uint8 and a[1].dtype == np.int64
+    assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+    assert not np.array_equal(a[0], c[0]) and len(data.SHAPES) == 10
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def names_of(pair):
+    return [os.fsdecode(name).replace(os.sep, '/') for name in pair[0]], pair[1].tolist()
+
+
+def test_layouts_of_folders(tmp_path, capsys):
+    """{name: files, and what is expected of them: classes, training and validation images}"""
+    numbers = [f'{i:02d}' for i in range(20)]
+    cases = {
+        'classes': ([f'{c}/{i}.jpg' for c in ('b', 'a') for i in numbers], 'a b', 36, 4),
+        'few': (['a/1.jpg', 'a/2.jpg', 'b/1.jpg'], 'a b', 2, 1),
+        'one each': ([f'{i}/x.jpg' for i in numbers], ' '.join(numbers), 18, 2),
+        'two': (['a/x.jpg', 'b/x.jpg'], 'a b', 1, 1),
+        'splits': (['train/a/1.jpg', 'train/b/1.jpg', 'val/b/2.jpg'], 'a b', 2, 1),
+        'capitals': (['Train/a/1.jpg', 'Validation/a/2.jpg', 'Validation/a/3.JPEG'], 'a', 1, 2),
+        'test split': (['train/a/1.jpg', 'test/a/2.jpg'], 'a', 1, 1),
+        'val before test': (['train/a/1.jpg', 'test/a/2.jpg', 'val/a/3.jpg', 'val/a/4.jpg'], 'a', 1, 2),
+        'tiny': (['train/n1/images/n1_0.JPEG', 'train/n2/images/n2_0.JPEG', 'val/images/val_0.JPEG',
+                  'val/images/val_1.JPEG', 'test/images/test_0.JPEG'], 'n1 n2', 2, 2),
+        'imagenet': ([f'train/n1/{i}.JPEG' for i in numbers] + ['val/x.JPEG'], 'n1', 18, 2),
+        'flat splits': (['train/1.jpg', 'train/2.jpg', 'val/3.jpg'], 'flat splits', 2, 1),
+        'flat': ([f'{i}.jpg' for i in numbers], 'flat', 18, 2),
+        'empty val': (['train/1.jpg', 'train/2.jpg', 'val/notes.txt'], 'empty val', 1, 1),
+        'images': (['a/images/1.jpg', 'a/images/2.jpg', 'b/images/1.jpg', 'b/x/2.jpg'], 'a b', 2, 1),
+        'vehicles': ([f'{c}/{i}.jpg' for c in ('bus', 'car', 'train', 'truck') for i in numbers],
+                     'bus car train truck', 72, 8),
+        'beside': (['train/a/1.jpg', 'val/a/2.jpg', 'notes/1.jpg'], 'a', 1, 1),
+        'labels': (['train/1.jpg', 'val/2.jpg', 'annotations/1.xml'], 'labels', 1, 1),
+        'kaggle': ([f'ILSVRC/Data/CLS-LOC/train/n1/{i}.JPEG' for i in numbers]
+                   + ['ILSVRC/Data/CLS-LOC/val/x.JPEG', 'ILSVRC/Data/CLS-LOC/test/x.JPEG',
+                      'ILSVRC/Annotations/CLS-LOC/train/n1/x.xml', 'LOC_synset_mapping.txt'],
+                   'n1', 18, 2),
+        'wrapped': (['top/inner/train/a/1.jpg', 'top/inner/val/a/2.jpg'], 'a', 1, 1),
+    }
+    for name, (files, classes, n, n_val) in cases.items():
+        root = tmp_path / name
+        touch(root, *files, 'a/.hidden.jpg' if name == 'classes' else 'readme.txt')
+        if name == 'tiny':
+            (root / 'val' / 'val_annotations.txt').write_text('val_0.JPEG\tn2\t0\nval_1.JPEG\tn1\t0\n')
+            (root / 'words.txt').write_text('n1\tgoldfish, Carassius auratus\nn3\tcow\n')
+        if name == 'kaggle':
+            (root / 'LOC_synset_mapping.txt').write_text('n1 goldfish, Carassius auratus\n')
+        training, val, found, folder = read_folder(root)
+        words = class_words(folder, found)
+        assert ' '.join(found) == classes, name
+        (a, _), (b, val_labels) = names_of(training), names_of(val)
+        assert (len(a), len(b)) == (n, n_val) and not {*a} & {*b}, name
+        assert all((folder / file).exists() for file in a + b), name
+        said = capsys.readouterr().out
+        assert ('no labelled images' in said) == (name in ('imagenet', 'empty val', 'kaggle')), said
+        assert ('held out' in said) == (
+            name in ('classes', 'few', 'one each', 'two', 'imagenet', 'flat', 'empty val', 'images',
+                     'vehicles', 'kaggle'))
+        if name == 'tiny':
+            assert val_labels == [0, 1] and b == ['val/images/val_1.JPEG', 'val/images/val_0.JPEG']
+            assert words == ['goldfish, Carassius auratus', '']
+            assert sample.classes_of(['Goldfish', 'n2'], 2, found, words) == [0, 1]
+        if name == 'kaggle':
+            assert words == ['goldfish, Carassius auratus']
+            assert read_folder(root / 'ILSVRC' / 'Data' / 'CLS-LOC')[2] == ['n1']
+            capsys.readouterr()
+    touch(tmp_path / 'gap', 'a/1.jpg', 'a/2.jpg', 'empty/notes.txt')
+    assert read_folder(tmp_path / 'gap')[2] == ['a']
+    assert 'left out: empty' in capsys.readouterr().out
+    touch(tmp_path / 'looped', 'a/1.jpg', 'a/2.jpg')
+    touch(tmp_path, 'photo.jpg')
+    for name, target in (('up', '..'), ('self', '.'), ('loop', 'loop'), ('a/images', '..')):
+        (tmp_path / 'looped' / name).symlink_to(target)
+    assert read_folder(tmp_path / 'looped')[2] == ['a']
+    touch(tmp_path / 'mixed', '1.jpg', 'sub/2.jpg', 'sub/3.jpg')
+    capsys.readouterr()
+    assert read_folder(tmp_path / 'mixed')[2] == ['sub']
+    assert '1 images beside the class folders' in capsys.readouterr().out
+    touch(tmp_path / 'nas', 'a/1.jpg', 'a/2.jpg', 'a/@eaDir/3.jpg', '@eaDir/4.jpg', '__MACOSX/5.jpg',
+          '#recycle/6.jpg', 'lost+found/7.jpg')
+    training, val, found, _ = read_folder(tmp_path / 'nas')
+    assert found == ['a'] and len(training[0]) + len(val[0]) == 2
+    touch(tmp_path / 'phone', 'a/1.jpg', 'a/2.jpg', *(f'a/{i}.HEIC' for i in range(50)))
+    capsys.readouterr()
+    read_folder(tmp_path / 'phone')
+    assert 'left out: 50 .heic; Pillow does not read HEIC' in capsys.readouterr().out
+    touch(tmp_path / 'python', *(f'cifar-10-batches-py/data_batch_{i}' for i in range(1, 6)))
+    touch(tmp_path / 'stray', 'train/a/1.jpg', 'val/z/1.jpg')
+    touch(tmp_path / 'parquet', 'data/train-00000.parquet', 'data/train-00001.parquet')
+    touch(tmp_path / 'several', 'x/a/1.jpg', 'x/a/2.jpg', 'y/a/1.jpg', 'y/a/2.jpg')
+    touch(tmp_path / 'links' / 'deep', 'notes.txt')
+    (tmp_path / 'links' / 'deep' / 'up').symlink_to('../..')
+    touch(tmp_path, 'x.zip')
+    for name, why in (('stray', 'class z'), ('parquet', '2 .parquet; archives have to be unpacked'),
+                      ('python', 'for CIFAR-10, --data cifar10'), ('x.zip', 'unpack it'),
+                      ('nowhere', 'no such folder'), ('few/b', 'fewer than two'),
+                      ('links', 'no images in it')):
+        with pytest.raises(UserError, match=why) as e:
+            read_folder(tmp_path / name)
+        assert LAYOUTS in str(e.value) and len(str(e.value).splitlines()) == 1
+    with pytest.raises(UserError, match=f'try --data {tmp_path / "several" / "x"}'):
+        read_folder(tmp_path / 'several')
+
+
+@pytest.mark.parametrize('source', ['shapes', 'cifar10', 'folder'])
+def test_classes_and_limit_hold_for_every_kind_of_data(source, tmp_path, monkeypatch):
+    draw_shapes = data.shapes
+    monkeypatch.setattr(data, 'shapes', lambda n, size, seed: draw_shapes(n // 20, size, seed))
+    if source == 'cifar10':
+        make_cifar(tmp_path / 'cifar-10-batches-bin')
+    if source == 'folder':
+        write_images(tmp_path, 12, ('ant', 'bee', 'cow', 'dog'))
+    asked = 'shapes' if source == 'shapes' else str(tmp_path)
+
+    def read(**options):
+        return data.read_data(train.make_config(dict(data=asked, size=32, **options), {}))
+
+    training, _, everything, _ = read()
+    names = [everything[2], everything[0]]
+    chosen, val, classes, _ = read(classes=','.join(names), limit=3)
+    assert classes == names and {*chosen.labels} == {0, 1} and len(val) >= 2
+    for c, name in enumerate(names):
+        of_class = training.items[training.labels == everything.index(name)][:3]
+        assert np.array_equal(chosen.items[chosen.labels == c], of_class) and len(of_class) == 3
+    assert read(classes='3')[2] == everything[:3]
+    with pytest.raises(UserError, match='no such class'):
+        read(classes='unicorn')
+
+
+def test_image_set(tmp_path, capsys):
+    write_images(tmp_path / 'all', 12)
+    training, _, classes, folder = read_folder(tmp_path / 'all')
+    images = ImageSet(*training, 32, folder)
+    wanted = [[(i, (0, i), False) for i in range(23)]]
+    (batch, index), = images.load(wanted)
+    assert batch.shape == (22, 32, 32, 3) and classes == ['cat', 'dog']
+    assert images.labels.dtype == np.int64
+    assert capsys.readouterr().out.count('cut.jpg') == 1
+    cut = next(i for i in range(23) if 'cut.jpg' in images.path(i))
+    assert index.tolist() == [i for i in range(23) if i != cut]     # nothing takes its place
+    again, _ = next(images.load(wanted))
+    assert torch.equal(batch, again)                            # the crop depends on the draw alone
+    assert 'cut.jpg' not in capsys.readouterr().out             # it was named before
+    mirrored, _ = next(images.load([[(i, (0, i), True) for i in range(23)]]))
+    assert torch.equal(mirrored, batch.flip(2))
+    from_workers, _ = next(images.load(wanted, workers=1))
+    assert torch.equal(from_workers, batch)
+    pixels, *_ = images.collate([images[0, None, False]])
+    assert type(pixels) is np.ndarray                   # a tensor would take shared memory
+    for i in range(12):
+        (tmp_path / 'all' / f'{i}.jpg').write_bytes(b'version https://git-lfs.github.com/spec/v1')
+    pointers = ImageSet(np.array([b'%d.jpg' % i for i in range(12)]), np.zeros(12, int), 32, tmp_path / 'all')
+    (nothing, index), = pointers.load(pointers.centres(12))
+    assert len(nothing) == len(index) == 0 and capsys.readouterr().out.count('left out: ') == 10
+
+
+def test_crops():
+    x, y = np.meshgrid(np.arange(40), np.arange(32))
+    image = Image.fromarray(np.stack([x, y, y], axis=2).astype(np.uint8))   # 40 x 32
+    assert crop(image, 32)[0, 0].tolist() == [4, 0, 0]          # the centre
+    assert crop(image, 32, 1.125)[0, 0].tolist() == [4, 0, 0]   # a small image is not enlarged
+    lefts = {int(crop(image, 32, rng=np.random.default_rng(i))[0, 0, 0]) for i in range(100)}
+    assert {*range(1, 8)} <= lefts <= {*range(9)}
+    corners = {tuple(crop(image, 16, 2, np.random.default_rng(i))[0, 0, :2]) for i in range(50)}
+    assert len({x for x, _ in corners}) > 10 and len({y for _, y in corners}) > 10
+    assert len({int(x) - int(y) for x, y in corners}) > 10      # drawn on their own
+    # The release's: the shorter side to 1.125 x size, then a square. Here in one call of Pillow.
+    noise = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((300, 250), Image.BICUBIC)
+    twice = photo.resize((135, 112), Image.LANCZOS).crop((17, 6, 117, 106))
+    assert np.abs(crop(photo, 100, 1.125).astype(int) - np.asarray(twice)).mean() < 2
+    bytes_ = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    assert np.array_equal(to_uint8(to_tensor(bytes_) / 2 + 0.5), bytes_)
+
+
+def test_random_crops_are_mirrored_at_random():
+    x, y = np.meshgrid(np.arange(64), np.arange(64))
+    image = np.stack([x, y, y], axis=2).astype(np.uint8)
+    images = ImageSet(image[None], np.zeros(1, int), 32)
+    for flip in (False, True):
+        config = train.make_config(dict(flip=flip, workers=0), {})
+        crops = torch.cat(list(data.random_crops(images, config, 8, 0, 5))).int()   # (40, 32, 32, 3)
+        mirrored = crops[:, 0, 0, 0] > crops[:, 0, -1, 0]
+        assert 10 < mirrored.sum() < 30 if flip else not mirrored.any()
+        assert len({tuple(corner) for corner in crops[:, 0, 0].tolist()}) > 20
+
+
+def test_spread():
+    assert data.spread(10, 3) == [0, 3, 6] and data.spread(2, 5) == [0, 1]
+
+
+def test_every_epoch_is_a_permutation():
+    rows = [row for step in data.step_rows(10, 4, 0, 0, 5) for row, _ in step]
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
+    assert [row for step in data.step_rows(10, 4, 0, 3, 5) for row, _ in step] == rows[12:]
+
+
+def make_cifar(folder):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (6, 10, 3073), dtype=np.uint8)
+    records[..., 0] = rng.permuted(np.tile(np.arange(10), (6, 1)), axis=1)
+    names = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin']
+    for name, batch in zip(names, records):
+        (folder / name).write_bytes(batch.tobytes())
+    (folder / 'batches.meta.txt').write_text('\n'.join('abcdefghij') + '\n\n')
+    return records
+
+
+def test_cifar10(tmp_path):
+    records = make_cifar(tmp_path / 'cifar-10-batches-bin')
+    archive = tmp_path / 'www' / 'cifar-10-binary.tar.gz'
+    archive.parent.mkdir()
+    with tarfile.open(archive, 'w:gz') as tar:
+        tar.add(tmp_path / 'cifar-10-batches-bin', 'cifar-10-batches-bin')
+        tar.add(tmp_path / 'cifar-10-batches-bin' / 'test_batch.bin', '../../escaped.bin')
+    for path in (tmp_path, tmp_path / 'cifar-10-batches-bin', archive, archive.parent):
+        training, (x, y), classes = data.cifar10(data.cifar10_path(path))
+        assert classes == list('abcdefghij') and len(training[0]) == 50
+        assert y.tolist() == records[5, :, 0].tolist() and y.dtype == np.int64
+        assert x[3, 5, 7].tolist() == [records[5, 3, 1 + c * 1024 + 5 * 32 + 7] for c in range(3)]
+    assert not list(tmp_path.parent.glob('**/escaped.bin'))
+    # The download, from a server on this machine: kept if the checksum is right, else not.
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), partial(
+        http.server.SimpleHTTPRequestHandler, directory=archive.parent))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'http://127.0.0.1:{server.server_port}/{archive.name}'
+    with pytest.raises(UserError, match='cannot fetch.*bring it to'):
+        fetch(address, '0' * 64, tmp_path / 'bad')
+    assert not list((tmp_path / 'bad').iterdir())
+    got = fetch(address, hashlib.sha256(archive.read_bytes()).hexdigest(), tmp_path / 'good')
+    assert got.read_bytes() == archive.read_bytes()
+    server.shutdown()
+    server.server_close()
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    with pytest.raises(UserError, match='whole'):
+        data.cifar10(archive)
+
+
+def test_stored_tokens(tmp_path, monkeypatch, capsys):
+    """They are found again, made anew when something changes, and completed after a kill."""
+    monkeypatch.setattr(data, 'PER_FILE', 4)
+    vae = VQVAE((1, 2, 4), 16, 4, 8, (1, 2))
+    rng, files = np.random.default_rng(0), []
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (12, 9, 3), np.uint8)).save(tmp_path / f'{i}.png')
+        files.append(f'{i}.png'.encode())
+    (tmp_path / '4.png').write_bytes(b'damaged')
+    images = ImageSet(np.array(files), np.arange(6) % 2, 8, tmp_path)
+    config = train.make_config(dict(out=tmp_path / 'out', workers=0, flip=True, views=3, device=CPU), {})
+    stored, labels = tokenize(vae, images, config, 'train', 3)
+    assert stored.shape == (5, 3, 21) and labels.tolist() == [0, 1, 0, 1, 1]    # without the fourth
+    for v in range(3):                          # the centre, a mirrored random crop, a random crop
+        draw = None if v == 0 else (0, v, 2)
+        _, pixels, _ = images[2, draw, v == 1]
+        want = torch.cat(vae.encode(to_tensor(pixels[None].copy())), dim=1)
+        assert stored[2, v].tolist() == want[0].tolist()
+    asked, load_ = [], images.load
+
+    def recorded(batches, workers):
+        asked.extend(batches)
+        return load_(batches, workers)
+
+    monkeypatch.setattr(images, 'load', recorded)
+    folder, = (tmp_path / 'out').iterdir()
+    (folder / '4.npz').unlink()                                 # as a kill would leave it
+    again, _ = tokenize(vae, images, config, 'train', 3)
+    assert np.array_equal(again, stored) and {i for batch in asked for i, *_ in batch} == {4, 5}
+    asked.clear()
+    tokenize(vae, images, config, 'train', 3)
+    assert not asked                                            # all found
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(-1)                          # another tokenizer, other tokens
+    assert not np.array_equal(tokenize(vae, images, config, 'train', 3)[0], stored)
+    assert len(list((tmp_path / 'out').iterdir())) == 1         # the old ones are gone
+    assert 'left out of train: 1 of 6 images' in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / 'out').iterdir()}
+    for change in (dict(seed=7), dict(flip=False)):             # other crops
+        tokenize(vae, images, dataclasses.replace(config, **change), 'train', 3)
+        names |= {path.name for path in (tmp_path / 'out').iterdir()}
+    fewer = ImageSet(images.items[[0, 1, 2, 3, 5, 5]], images.labels, 8, tmp_path)
+    tokenize(vae, fewer, config, 'train', 3)
+    assert len(names | {path.name for path in (tmp_path / 'out').iterdir()}) == 4
+    for i in range(6):
+        (tmp_path / f'{i}.png').write_bytes(b'damaged')
+    with pytest.raises(UserError, match='none of the images for val can be read'):
+        tokenize(vae, images, config, 'val')
+
+
+# ---- The commands ----
+
+
+def test_train_and_sample(trained, monkeypatch):
+    assert {'ckpt.pt', 'model.pt', 'log.csv', 'samples.png', 'reconstructions.png'} <= {*os.listdir(trained)}
+    ckpt = torch.load(trained / 'model.pt', weights_only=True)
+    assert ckpt['classes'] == ['cat', 'dog'] and ckpt['config']['depth'] == 1
+    assert not {'optimizer', 'adversarial'} & {*ckpt}
+    log = read_log(trained / 'log.csv')
+    assert {'PSNR', 'codebook usage', 'loss', 'loss last', 'error 3', 'train loss', 'train images/s',
+            'train lambda_G', 'train gradient norm', 'train learning rate'} <= {name for _, name in log}
+    assert list(log['transformer', 'loss']) == [1, 2, 3]
+    go = partial(command, sample, monkeypatch=monkeypatch, folder=trained)
+    assert go('--cls', 'all', '--n', 3, '--out', 'a.png', '--scales', 'grow.gif') == 0
+    assert Image.open(trained / 'a.png').size == (34 * 3 - 2, 34 * 2 - 2)
+    growing = Image.open(trained / 'grow.gif')
+    assert growing.n_frames == 4 and growing.size == (34 * 3 - 2, 34 * 2 - 2)
+    assert go('--cls', 'all', '--n', 2, '--batch', 1, '--seed', 2 ** 63 - 1) == 0
+    assert go('--cls', 'dog', '--n', 2, '--out', 'b.png', '--scales', 'grow.png', '--top-k', 99999,
+              '--ckpt', 'model.pt') == 0
+    assert Image.open(trained / 'grow.png').size == (34 * 4 - 2, 34 * 2 - 2)
+    for name in ('d.png', 'e.png'):
+        assert go('--cls', 1, '--n', 1, '--out', name) == 0
+    assert (trained / 'd.png').read_bytes() == (trained / 'e.png').read_bytes()
+    assert go('--cls', 'all', '--n', 40, '--npz', 'a.npz') == 0
+    with np.load(trained / 'a.npz') as f:                       # as the evaluators read it
+        images, labels = f['arr_0'], f['arr_1']
+    assert images.shape == (80, 32, 32, 3) and images.dtype == np.uint8
+    order = np.random.default_rng(0).permutation(80)
+    assert labels[order].tolist() == [0] * 40 + [1] * 40 and labels.tolist() != sorted(labels)
+    vae, var, ckpt = load(trained / 'ckpt.pt')
+    with precision(CPU):                                        # the npz holds what Python draws
+        first = var.generate(vae, [0] * 40 + [1] * 10, seed=0, **ckpt['sampling'])
+    assert np.array_equal(images[order][:50], to_uint8(first))
+
+
+def test_edit_and_reject(trained, monkeypatch, tmp_path):
+    photo, ckpt = trained / 'images' / 'dog' / '1 é.png', ('--ckpt', trained / 'ckpt.pt')
+    mask = np.zeros((80, 80), np.uint8)
+    mask[10:35, 40:75] = 255
+    Image.fromarray(mask).save(tmp_path / 'mask.png')
+    go = partial(command, edit, photo, *ckpt, '--n', 2, monkeypatch=monkeypatch, folder=tmp_path)
+    assert go('--mask', 'mask.png', '--paste', '--out', 'a.png') == 0
+    sheet = np.asarray(Image.open(tmp_path / 'a.png'))
+    assert sheet.shape == (32, 34 * 4 - 2, 3)
+    whole, masked, one = sheet[:, :32], sheet[:, 34:66], sheet[:, 68:100]
+    kept = np.asarray(Image.fromarray(mask).resize((32, 32), Image.LANCZOS)) <= 127
+    assert (masked[~kept] == 128).all() and np.array_equal(masked[kept], whole[kept])
+    assert np.array_equal(one[:, :8], whole[:, :8]) and not np.array_equal(one[~kept], whole[~kept])
+    assert go('--box', '0,0,.5,.5', '--box', '.5,.5,1,1', '--cls', 'cat', '--outside') == 0
+    judge = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, 2)).eval()
+    torch.export.save(torch.export.export(judge, (torch.rand(6, 3, 32, 32),)), tmp_path / 'judge.pt2')
+    go = partial(command, reject, *ckpt, '--n', 3, monkeypatch=monkeypatch, folder=tmp_path)
+    assert go('--rounds', 2, '--npz', 'best.npz') == 0
+    assert np.load(tmp_path / 'best.npz')['arr_0'].shape == (6, 32, 32, 3)
+    assert go('--rounds', 2, '--classifier', 'judge.pt2') == 0
+    assert Image.open(tmp_path / 'best.png').size == (34 * 3 - 2, 34 * 2 - 2)
+
+
+def test_evaluate(trained, monkeypatch, capsys, tmp_path):
+    assert command(evaluate, '--ckpt', trained / 'model.pt', '--data', trained / 'images',
+                   monkeypatch=monkeypatch, folder=tmp_path) == 0
+    said = capsys.readouterr().out
+    with np.load(tmp_path / 'reconstructions.npz') as f:
+        rebuilt, labels = f['arr_0'], f['arr_1']
+    assert rebuilt.shape == (2, 32, 32, 3) and labels.tolist() == [0, 1]
+    _, (files, _), _, folder = read_folder(trained / 'images')
+    val = []
+    for name in files:
+        image = open_image(folder / os.fsdecode(name), 32)
+        val.append(crop(image, 32, 1.125))
+    val = np.stack(val)
+    psnr = np.mean([-10 * np.log10(((a / 255. - b / 255.) ** 2).mean()) for a, b in zip(val, rebuilt)])
+    assert float(said.split('PSNR ')[1].split()[0]) == pytest.approx(psnr, abs=0.02)
+    assert 'loss last' in said and 'error 3' in said
+    vae, _, _ = load(trained / 'ckpt.pt')
+    bits = 0
+    with torch.no_grad():
+        for r_k in vae.encode(to_tensor(val)):
+            p = r_k.unique(return_counts=True)[1] / r_k.numel()
+            bits += -(p * p.log2()).sum().item() * r_k.shape[1]
+    assert float(said.split('bits per image ')[1].split()[0]) == pytest.approx(bits, abs=1)
+
+
+def test_ssim_against_its_definition():
+    a, b = torch.rand(2, 2, 3, 20, 24)
+    x = np.arange(-5, 6)
+    window = np.exp(-(x[:, None] ** 2 + x ** 2) / 4.5)
+    window /= window.sum()
+    for i in range(2):
+        values = []
+        for c, y, z in np.ndindex(3, 10, 14):
+            p, q = (t[i, c, y:y + 11, z:z + 11].double().numpy() for t in (a, b))
+            mp, mq = (window * p).sum(), (window * q).sum()
+            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+            both = (window * (p - mp) * (q - mq)).sum()
+            values.append((2 * mp * mq + 1e-4) * (2 * both + 9e-4)
+                          / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
+        assert evaluate.ssim(a, b)[i].item() == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_boxes_of_editing():
+    boxes = [edit.parse_box('0,0,.25,.25'), edit.parse_box('.5,.5,1,1')]
+    new, pixels = edit.new_positions(8, 32, boxes)
+    assert new.sum() == 4 + 16 and new[:2, :2].all() and new[4:, 4:].all() and pixels.sum() == 320
+    assert np.array_equal(edit.new_positions(8, 32, boxes, outside=True)[0], ~new)
+
+
+@torch.no_grad()
+def test_rejection_keeps_the_best():
+    vae, var = models()
+    labels = torch.tensor([1, 2, 1])
+    draws = [var.generate(vae, labels, seed=s, cfg=0, return_tokens=True) for s in (5, 6, 7)]
+    scores = []
+    for _, tokens in draws:                                     # log p by its definition, (6)
+        x, target = vae.var_input(tokens), torch.cat(tokens, 1)
+        told, untold = (var(y, x)[0].log_softmax(-1).gather(2, target[..., None]).sum((1, 2))
+                        for y in (labels, torch.full_like(labels, 5)))
+        scores.append(told - untold)
+    images = reject.best_of(vae, var, labels, 3, 5, cfg=0)
+    for i, best in enumerate(torch.stack(scores).argmax(0)):
+        assert torch.equal(images[i], draws[best][0][i])
+
+    def brightness(x):
+        return torch.stack([x.mean((1, 2, 3)) * c for c in range(5)], 1) * 100
+
+    images = reject.best_of(vae, var, labels, 3, 5, brightness, cfg=0)
+    want = torch.stack([brightness(x).log_softmax(1)[range(3), labels] for x, _ in draws]).argmax(0)
+    assert all(torch.equal(images[i], draws[best][0][i]) for i, best in enumerate(want))
+
+
+def test_the_plan_and_what_a_resumed_run_keeps(trained, tmp_path, monkeypatch, capsys):
+    config = train.make_config({'data': str(trained / 'images')}, {})
+    assert (config.size, config.tokenizer, config.lr) == (256, 'official', 1e-4)
+    make_cifar(tmp_path / 'binary')
+    assert train.make_config({'data': str(tmp_path / 'binary')}, {}).size == 32
+    resumed = train.make_config({'steps': 7}, {'data': 'x', 'size': 32, 'depth': 3, 'gone': 1})
+    assert (resumed.steps, resumed.depth, resumed.ch) == (7, 3, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'rank_and_world', lambda: (0, 3))
+        with pytest.raises(UserError, match='multiples of the 3 processes'):
+            train.make_config({}, {})
+    stage = small_stage('transformer', tmp_path, batch=8, steps=9999)
+    train.describe(stage, stage.var)
+    assert 'warning: every example is seen 5000 times' in capsys.readouterr().out
+    words = '--data', trained / 'images', *TINY, '--out', tmp_path
+    assert command(train, *words, monkeypatch=monkeypatch, folder=tmp_path) == 0
+    capsys.readouterr()
+    go = partial(command, train, '--resume', '--out', tmp_path, '--workers', 0,
+                 monkeypatch=monkeypatch, folder=trained)
+    assert go('--steps', 5, '--batch', 8) == 0
+    assert '5 steps of 8 images' in (said := capsys.readouterr().out) and 'learning rate 0.003' in said
+    assert go('--patch-nums', '1,8') == 2
+    assert 'was trained with (1, 2, 4, 8)' in capsys.readouterr().err
+
+
+def test_data_that_changed_before_a_run_is_resumed(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / 'images')
+    go = partial(command, train, '--data', 'images', *TINY, monkeypatch=monkeypatch, folder=tmp_path)
+    assert go() == 0
+    (tmp_path / 'images' / 'dog').rename(tmp_path / 'images' / 'ant')
+    assert go('--resume') == 2
+    assert 'have changed since this run began: ant, dog' in capsys.readouterr().err
+    write_images(tmp_path / 'images', 6, ('bee', 'dog'))
+    assert go('--resume') == 2
+
+
+def test_names_in_unicode(monkeypatch):
+    """A Mac's é is two characters; a terminal may know neither."""
+    mac, typed = 'cafe\u0301', 'caf\u00e9'
+    assert sample.classes_of([typed], 2, ['x', mac], []) == [1]
+    screen = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    monkeypatch.setattr('sys.stdout', screen)
+    run(lambda: print(typed, flush=True))
+    assert screen.buffer.getvalue() == rb'caf\xe9' + os.linesep.encode()
+
+
+def test_paths_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    monkeypatch.setattr('sys.argv', ['train.py', '--out=~/runs/a', '--data=~/b', '--init=~/c.pt'])
+    given = train.parse()
+    assert given == dict(out=tmp_path / 'runs' / 'a', data=str(tmp_path / 'b'), init=str(tmp_path / 'c.pt'))
+
+
+@torch.no_grad()
+def test_cast_weights_draw_the_same_tokens():
+    """What autocast would do for each batch is done once."""
+    vae, var = models()
+    with precision(CPU, 'bfloat16'):
+        want = var.generate(vae, [0, 1, 2], seed=0, return_tokens=True)[1]
+        cast = cast_linear_weights(var, CPU, 'bfloat16')
+        found = cast.generate(vae, [0, 1, 2], seed=0, return_tokens=True)[1]
+    assert cast.head.weight.dtype == torch.bfloat16 and cast.pos_1LC.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(want, found))
+
+
+def test_a_run_goes_on_when_its_terminal_closes(trained, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr('sys.stdout', open(writer, 'w'))
+    words = '--data', trained / 'images', *TINY, '--flip', '--out', tmp_path
+    assert command(train, *words, monkeypatch=monkeypatch, folder=tmp_path) == 0
+    assert same_weights(trained / 'ckpt.pt', tmp_path / 'ckpt.pt')
+
+
+def test_a_run_that_is_killed_while_it_tokenizes_goes_on(trained, tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    words = '--data', trained / 'images', *TINY, '--tokenizer', trained / 'model.pt', '--out', tmp_path
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'tokenize', killed)
+        assert command(train, *words, monkeypatch=monkeypatch, folder=tmp_path) == 130
+    go = partial(command, train, '--resume', '--workers', 0, monkeypatch=monkeypatch, folder=tmp_path)
+    assert go() == 0
+    assert command(train, *words, '--out', 'whole', monkeypatch=monkeypatch, folder=tmp_path) == 0
+    assert same_weights('model.pt', 'whole/model.pt')
+
+
+def test_a_new_run_moves_the_old_one_aside(trained, tmp_path, monkeypatch):
+    words = '--data', trained / 'images', *TINY, '--flip', '--out', tmp_path
+    for _ in range(2):
+        assert command(train, *words, monkeypatch=monkeypatch, folder=tmp_path) == 0
+    assert same_weights(tmp_path / 'ckpt.pt', tmp_path / 'ckpt.previous.pt')
+    assert (tmp_path / 'log.previous.csv').exists()
+
+
+def test_a_tokenizer_brings_its_scales(trained, tmp_path, monkeypatch, capsys):
+    go = partial(command, train, '--data', trained / 'images', *TINY, '--steps', 1,
+                 monkeypatch=monkeypatch, folder=tmp_path)
+    assert go('--patch-nums', '1,3,8', '--out', 'a') == 0
+    assert go('--tokenizer', 'a/model.pt', '--out', 'b') == 0
+    ckpt = torch.load('b/model.pt', weights_only=True)
+    assert tuple(ckpt['patch_nums']) == (1, 3, 8) and load('b/model.pt')[1].patch_nums == (1, 3, 8)
+    assert go('--tokenizer', 'a/model.pt', '--patch-nums', '1,2,4,8', '--out', 'c') == 2
+    assert 'was trained with (1, 3, 8)' in capsys.readouterr().err
+
+
+def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    touch(tmp_path, *(f'broken/cat/{i}.jpg' for i in range(3)), *(f'half/dog/{i}.jpg' for i in range(9)))
+    write_images(tmp_path / 'half', 6, ('cat',))
+    whole = (trained / 'ckpt.pt').read_bytes()
+    (tmp_path / 'cut.pt').write_bytes(whole[:len(whole) // 2])
+    torch.save({'something': 'else'}, tmp_path / 'other.pt')
+    torch.save([1, 2], tmp_path / 'list.pt')
+    (tmp_path / 'old').mkdir()
+    (tmp_path / 'old' / 'ckpt.pt').write_bytes((trained / 'model.pt').read_bytes())
+    (tmp_path / 'evil.pt').write_bytes(pickle.dumps(Evil()))
+    torch.save({'version': 1, 'vae': Evil()}, tmp_path / 'evil2.pt')
+    vae, var = models()
+    torch.save(var.state_dict(), tmp_path / 'var.pth')
+    torch.save(VQVAE(ch=32, ch_mult=(1,)).state_dict(), tmp_path / 'vae.pth')
+    Image.new('L', (9, 9)).save(tmp_path / 'black.png')
+    (tmp_path / 'data').mkdir()
+    torch.save({'features.0.weight': torch.zeros(1)}, tmp_path / 'data' / 'vgg16-397923af.pth')
+    ckpt, photo = ('--ckpt', trained / 'ckpt.pt'), trained / 'images' / 'dog' / '1 é.png'
+    box, data_ = ('--box', '0,0,.5,.5'), ('--data', trained / 'images')
+    cases = [
+        (train, ['--data', 'nowhere'], 'no such folder'), (train, ['--data', 'empty'], 'no images'),
+        (train, ['--data', 'broken', *TINY], 'no image of a whole batch'),
+        (train, [*data_, '--classes', 0, *TINY], 'no such class'),
+        (train, ['--data', 'half', *TINY, '--tokenizer', trained / 'model.pt', '--out', 'x'],
+         'of class dog can'), (train, ['--size', 48], 'choose from'),
+        (train, ['--patch-nums', '1,2,5'], 'images of 20 px'),
+        (train, ['--patch-nums', '2,1'], 'have to rise'), (train, ['--patch-nums', 'x'], 'invalid'),
+        (train, ['--depth', 0], 'at least 1'), (train, ['--lr', -1], 'out of range'),
+        (train, ['--lr', 'x'], "invalid float value: 'x'"), (train, ['--seed', -1], 'out of range'),
+        (train, ['--precision', 'int8'], 'choose from'), (train, ['--nothing', 1], 'unrecognized'),
+        (train, ['--resume'], 'No such file'), (train, ['--resume', '--out', trained / 'images'], 'No such'),
+        (train, ['--resume', '--out', 'old'], 'nothing to resume'),
+        (train, [*data_, *TINY, '--out', trained, '--init', trained / 'ckpt.pt'], 'would be moved aside'),
+        (train, [*data_, '--classes', 'cow', *TINY], 'no such class'),
+        (train, [*data_, *TINY, '--perceptual', 1], 'VGG-16'),
+        (train, [*data_, *TINY, '--tokenizer', 'var.pth'], 'has no tokenizer'),
+        (train, [*data_, *TINY, '--tokenizer', 'vae.pth'], 'makes images of 8 px'),
+        (sample, [], 'cannot read ckpt.pt: No such file'), (sample, ['--ckpt', 'cut.pt'], 'damaged'),
+        (sample, ['--ckpt', 'other.pt'], 'no tokenizer'), (sample, ['--ckpt', 'list.pt'], 'cannot read'),
+        (sample, ['--ckpt', 'evil.pt'], 'evil.pt'),
+        (sample, ['--ckpt', 'evil2.pt'], 'could run code'),
+        (sample, ['--ckpt', 'var.pth'], 'add --tokenizer'), (sample, ['--ckpt', 'vae.pth'], 'tokenizer only'),
+        (sample, ['--ckpt', 'var.pth', '--tokenizer', trained / 'ckpt.pt'], 'was trained with another tokenizer'),
+        (sample, [*ckpt, '--cls', 'cow'], 'no such class'), (sample, [*ckpt, '--cls', 2], 'no such class'),
+        (sample, [*ckpt, '--top-p', 2], 'from 0 to 1'), (sample, [*ckpt, '--n', 0], 'at least 1'),
+        (sample, [*ckpt, '--n', 1, '--out', 'a.xyz'], 'use .png'),
+        (sample, [*ckpt, '--n', 2000, '--out', 'a.jpg'], 'JPEG cannot hold an image of 68000 px'),
+        (sample, [*ckpt, '--cls', 0, '--n', 20000, '--scales', 'a.gif'], 'GIF cannot hold'),
+        (sample, [*ckpt, '--cfg', 'inf'], 'from 0 to 100'), (sample, [*ckpt, '--cfg', '1e38'], '0 to 100'),
+        (sample, [*ckpt, '--cfg', 'nan'], 'from 0 to 100'), (sample, [*ckpt, '--seed', 2 ** 63], 'from 0 to'),
+        (train, ['--seed', 99999999999999999999], 'from 0 to'),
+        (train, ['--data', trained / 'images', '--size', 32, '--out', trained / 'images' / 'run'],
+         'would train on the pictures'),
+        (sample, [*ckpt, '--n', 1, '--out', trained / 'log.csv' / 'a.png'], 'cannot write'),
+        (sample, [*ckpt, '--n', 1, '--npz', trained / 'log.csv' / 'a.npz'], 'cannot write'),
+        (edit, [*ckpt, 'nothing.jpg', *box], 'nothing.jpg'), (edit, [*ckpt, photo], 'to generate'),
+        (edit, [*ckpt, photo, '--box', '0,0,1,1'], 'to generate'),
+        (edit, [*ckpt, photo, '--box', '0,0,2,.5'], 'fractions'),
+        (edit, [*ckpt, photo, '--box', 'middle'], 'fractions'),
+        (edit, [*ckpt, photo, '--mask', 'var.pth'], 'cannot read'),
+        (edit, [*ckpt, photo, '--mask', 'black.png'], 'to generate'),
+        (reject, [*ckpt, '--rounds', 0], 'at least 1'),
+        (reject, [*ckpt, '--classifier', 'var.pth'], 'torch.export'),
+        (evaluate, ['--ckpt', 'cut.pt'], 'damaged'), (evaluate, ['--ckpt', 'var.pth'], 'add --tokenizer')]
+    for module, words, why in cases:
+        capsys.readouterr()
+        status = command(module, *words, monkeypatch=monkeypatch, folder=tmp_path)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert status == 2 and 'error: ' in error[-1] and why in error[-1], (words, error)
+        lines = [line for line in error if not line.startswith('usage: ')]
+        assert len(lines) == 1, (words, error)
+    assert not (tmp_path / 'touched').exists() and (trained / 'ckpt.pt').read_bytes() == whole
+
+
+def test_out_of_memory_gets_a_hint_and_a_fault_keeps_its_traceback(capsys):
+    def fail(error):
+        raise error
+
+    for error in (torch.OutOfMemoryError('CUDA out of memory'), MemoryError(),
+                  RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED')):
+        with pytest.raises(SystemExit):
+            run(partial(fail, error))
+        assert 'try a smaller --batch' in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match='a fault'):
+        run(partial(fail, RuntimeError('a fault')))
+
+
+# ---- The README ----
+
+
+def test_names_in_the_readme_exist():
+    """README.md links [`Class.method`](file.py): each name is defined in its file."""
+    text = (HERE / 'README.md').read_text()
+    links = re.findall(r'\[`([\w.]+)`\]\(([\w/]+\.py)\)', text)
+    assert len(links) > 20
+    for name, file in links:
+        lines, at = (HERE / file).read_text().splitlines(), 0
+        for part in name.removeprefix(Path(file).stem + '.').split('.'):
+            pattern = rf'\s*(class|def) {part}\b|{part}\b.* = '
+            at = next((i for i in range(at, len(lines)) if re.match(pattern, lines[i])), None)
+            assert at is not None, f'{name} is not in {file}'
+
+
+def test_python_of_the_readme_runs(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    Image.new('RGB', (40, 50), 'red').save(trained / 'photo.jpg')
+    blocks = re.findall(r'```python\n(.*?)```', (HERE / 'README.md').read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_names_in_the_tour_exist():
+    """The notebook is executed by hand; here only its imports and attributes are looked up."""
+    cells = json.loads((HERE / 'experiments' / 'tour.ipynb').read_text())['cells']
+    code = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
+    vae, model = models()
+    known, looked_up = {'vae': vae, 'var': model}, 0
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and not node.module.startswith('torch'):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+        if isinstance(node, ast.Attribute):
+            chain = ast.unparse(node).split('.')
+            if chain[0] in known and all(part.isidentifier() for part in chain):
+                operator.attrgetter('.'.join(chain[1:]))(known[chain[0]])
+                looked_up += 1
+    assert looked_up > 20 and len(cells) <= 27
+
