@@ -8,11 +8,14 @@ guidance, normalised queries and keys, a deeper model. All transformers are trai
 images for the same number of steps, each in a folder of its own; a run that was interrupted
 continues where it was. Cost is the time of sampling, relative to raster-scan AR with cached keys
 and values. Frechet distance and the share that is classified correctly come from the classifier of
-judge.py. Losses of raster-scan AR are left out, because its tokens come from another tokenizer.
+judge.py, the loss from a thousand validation images. Losses of raster-scan AR are left out, because
+its tokens come from another tokenizer.
 Writes ablation.md, the table, and ablation.png, the first sample of each class, a row per row.
 
-Letters: V codes, z code dimension, N weights.
+Letters: B images per batch, H x W pixels, C classes, n samples of each, w width, h heads, l tokens,
+V codes, z code dimension.
 """
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,10 +25,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from judge import draw_classes, train_classifier                            # noqa: E402
 from raster import Raster                                                   # noqa: E402
-from runs import train_or_load, train_tokenizer, validation_loss            # noqa: E402
-from tokenizer import make_grid, save_image                                 # noqa: E402
-from train import TransformerStage, make_config, read_data, tokenize        # noqa: E402
-from var import VAR, Parser, number, pick_device, run                       # noqa: E402
+from support.checkpoints import read_checkpoint                             # noqa: E402
+from support.data import read_data, tokenize, tokens_key                    # noqa: E402
+from support.images import make_grid, save_image                            # noqa: E402
+from support.run import (A_GUIDANCE, a_path, make_parser, number,           # noqa: E402
+                         pick_device, read_log, run)
+from train import (TokenizerStage, TransformerStage, make_config,           # noqa: E402
+                   make_vae, seed_everything, train_stage)
+from var import VAR                                                         # noqa: E402
+
+# ---- What the paper's components are compared with ----
 
 
 class PlainNorm(VAR):
@@ -42,104 +51,157 @@ class PlainNorm(VAR):
             plain.append((1 + gamma1, 1 + gamma2, scale1, scale2, shift1, shift2))
         return plain, head
 
-    def unused_weights(self):
-        """How many weights have no effect: the matrices of AdaLN."""
-        return sum(p.numel() for name, p in self.named_parameters()
-                   if 'ada_lin' in name and p.ndim > 1)
+
+def scale_only(q, k):
+    """Queries and keys (B, h, l, 64) of the plain scaled dot product, 0.25 q.k / sqrt(64).
+
+    The factor 0.25 is the release's, for models without normalised queries and keys.
+    """
+    return q * (0.25 / math.sqrt(64)), k
+
+
+def use_plain_attention(var):
+    """Takes the normalisation of queries and keys, and its learned scale, out of all blocks."""
+    for block in var.blocks:
+        block.attn.normalise = scale_only
+        del block.attn.scale_mul_1H11
+
+
+def used_weights(var):
+    """How many weights have an effect: those of a PlainNorm without the matrices of AdaLN."""
+    plain = isinstance(var, PlainNorm)
+    return sum(p.numel() for name, p in var.named_parameters()
+               if not (plain and 'ada_lin' in name and p.ndim > 1))
+
+
+# ---- Runs that continue ----
+
+
+def train_or_load(make_stage, config, tokens=None):
+    """The stage that make_stage() returns, trained, in evaluation mode and without gradients.
+
+    It is trained in config.out: continued where it was interrupted, and only loaded if ckpt.pt
+    there is complete. tokens: the tokens_key() of what a transformer is trained on. A checkpoint
+    with other settings or of other tokens is replaced.
+    """
+    trained_on, path = dict(config=config.settings(), tokens=tokens), config.out / 'ckpt.pt'
+    config.out.mkdir(parents=True, exist_ok=True)
+    state = read_checkpoint(path) if path.exists() else {}
+    if any(state.get(name) != value for name, value in trained_on.items()):
+        state = dict(trained_on, step=0, optimizer=None)
+        (config.out / 'log.csv').unlink(missing_ok=True)
+    seed_everything(config.seed)
+    stage = make_stage().to(config.device)
+    if state['step'] < stage.steps:
+        train_stage(stage, state)
+    else:
+        for name, module in stage.learned().items():
+            module.load_state_dict(state[name])
+    return stage.eval().requires_grad_(False)
+
+
+def train_tokenizer(config, train, val):
+    """The VQVAE of a config, trained; the stored tokens of all training and all validation images,
+    as tokenize() returns them; and their tokens_key()."""
+    vae = train_or_load(lambda: TokenizerStage(config, make_vae(config), train, val), config).vae
+    stored, stored_val = tokenize(vae, train, config, 'train'), tokenize(vae, val, config, 'val')
+    return vae, stored, stored_val, tokens_key(vae, train, config.views, config)
+
+
+def train_transformer(config, num_classes, vae, stored, stored_val, key, model, normalised):
+    """A transformer of class `model`, trained on stored tokens, and its validation loss in nats per
+    token. vae: a VQVAE or a Raster; normalised: whether queries and keys are."""
+    def make_stage():
+        V, z = vae.quantize.embedding.weight.shape
+        var = model(vae.patch_nums, config.depth, num_classes, V, z)
+        if not normalised:
+            use_plain_attention(var)
+        return TransformerStage(config, vae, var, stored, stored_val)
+
+    var = train_or_load(make_stage, config, key).var
+    return var, read_log(config.out / 'log.csv')['transformer', 'loss'][config.steps]
+
+
+# ---- The table ----
 
 
 def parse():
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--data', default='shapes', help='as for train.py')
-    add('--depth', type=number(int, 1), default=3, help='of all rows but the last (default: 3)')
-    add('--deeper', type=number(int, 1), default=5, help='depth of the last row (default: 5)')
-    add('--steps', type=number(int, 1), default=1000, help='of each transformer (default: 1000)')
+    add('--data', default='shapes', help='as for train.py [shapes]')
+    add('--depth', type=number(int, 1), default=3, help='of all rows but the last [3]')
+    add('--deeper', type=number(int, 1), default=5, help='depth of the last row [5]')
+    add('--steps', type=number(int, 1), default=1000, help='of each transformer [1000]')
     add('--tokenizer-steps', type=number(int, 1), default=900,
-        help='of both tokenizers, that with all scales and that with one (default: 900)')
-    add('--top-k', type=number(int, 0), default=40, help='likeliest codes (default: 40)')
-    add('--cfg', type=number(float, 0), default=4., help='guidance of the last scale (default: 4)')
-    add('--n', type=number(int, 1), default=50, help='samples per class (default: 50)')
-    add('--judge-steps', type=number(int, 1), default=400, help='of the classifier (default: 400)')
-    add('--out', type=Path, default=Path('ablation'),
-        help='folder for everything (default: ablation)')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
+        help='of both tokenizers, that with all scales and that with one [900]')
+    add('--top-k', type=number(int, 0), default=40, help='likeliest codes [40]')
+    add('--cfg', type=number(*A_GUIDANCE), default=4., help='guidance of the last scale [4]')
+    add('--n', type=number(int, 1), default=50, help='samples per class [50]')
+    add('--judge-steps', type=number(int, 1), default=400, help='of the classifier [400]')
+    add('--out', type=a_path, default='ablation', help='folder for everything [ablation]')
+    add('--device', help='cuda or cpu [the best there is]')
     return parser.parse_args()
 
 
 def table_rows(args):
-    """The rows of the table: name, folder of the run, tokens, class, depth, qk_norm, sampling."""
+    """The rows of the table: name, folder, tokenizer, class, depth, whether queries and keys are
+    normalised, sampling. Rows with the same folder have the same transformer."""
     plain = dict(cfg=0., top_k=0, top_p=1.)
     top_k = dict(plain, top_k=args.top_k)
     guided = dict(top_k, cfg=args.cfg)
+    d = args.depth
     return [
-        ('raster-scan AR', 'ar', 'raster', PlainNorm, args.depth, False, plain),
-        ('VAR, plain LayerNorm', 'plain', 'scales', PlainNorm, args.depth, False, plain),
-        ('+ AdaLN', 'adaln', 'scales', VAR, args.depth, False, plain),
-        (f'+ top-k {args.top_k}', 'adaln', 'scales', VAR, args.depth, False, top_k),
-        (f'+ guidance {args.cfg:g}', 'adaln', 'scales', VAR, args.depth, False, guided),
-        ('+ normalised queries and keys', 'norm', 'scales', VAR, args.depth, True, guided),
+        ('raster-scan AR', 'ar', 'raster', PlainNorm, d, False, plain),
+        ('VAR, plain LayerNorm', 'plain', 'scales', PlainNorm, d, False, plain),
+        ('+ AdaLN', 'adaln', 'scales', VAR, d, False, plain),
+        (f'+ top-k {args.top_k}', 'adaln', 'scales', VAR, d, False, top_k),
+        (f'+ guidance {args.cfg:g}', 'adaln', 'scales', VAR, d, False, guided),
+        ('+ normalised queries and keys', 'norm', 'scales', VAR, d, True, guided),
         (f'+ deeper (depth {args.deeper})', 'deeper', 'scales', VAR, args.deeper, True, guided)]
-
-
-def train_transformer(config, vae, stored, stored_val, model, num_classes, qk_norm):
-    """A transformer of class `model` that is trained on stored tokens, and its validation loss in
-    nats per token."""
-    def make_stage():
-        V, z = vae.quantize.embedding.weight.shape
-        var = model(vae.patch_nums, config.depth, num_classes, V, z, qk_norm=qk_norm)
-        return TransformerStage(config, vae, var.to(config.device), stored, stored_val)
-
-    stage = train_or_load(make_stage, config)
-    return stage.var, validation_loss(stage, stage.var)
 
 
 def main():
     args = parse()
     device = pick_device(args.device)
-    # Every row has AdamW and the plain losses of stage 1, whatever the preset of the data has.
+    # Every tokenizer has the plain losses, whatever the preset of the data has.
     base = dict(data=args.data, size=32, steps=args.steps, tokenizer_steps=args.tokenizer_steps,
-                perceptual=0., adversarial=0., muon_lr=0., device=device, workers=0)
+                perceptual=0., adversarial=0., device=device)
     config = make_config(base, {})
     train, val, classes, _ = read_data(config)
     classifier, real = train_classifier(train, val, classes, args.judge_steps, device)
 
-    # Two tokenizers, with all scales and with the last one alone, and the tokens of all images.
-    patch_nums = {'scales': config.patch_nums, 'raster': config.patch_nums[-1:]}
-    vaes, stored = {}, {}
-    for tokens in ('raster', 'scales'):
-        given = dict(base, patch_nums=patch_nums[tokens], out=args.out / tokens)
-        config = make_config(given, {})
-        vae = train_tokenizer(config, train, val)
-        stored[tokens] = (tokenize(vae, train, config, 'train'), tokenize(vae, val, config, 'val'))
-        vaes[tokens] = Raster(vae) if tokens == 'raster' else vae
+    # Two tokenizers, with the last scale alone and with all, and the tokens of all images.
+    patch_nums = {'raster': config.patch_nums[-1:], 'scales': config.patch_nums}
+    tokenized = {}
+    for name, sides in patch_nums.items():
+        config = make_config(dict(base, patch_nums=sides, out=args.out / name), {})
+        vae, *stored = train_tokenizer(config, train, val)
+        tokenized[name] = [Raster(vae) if name == 'raster' else vae, *stored]
 
     lines = ['| | parameters | cost | Frechet distance | classified correctly | validation loss |',
              '|---|---|---|---|---|---|']
     sheet, trained, baseline_seconds = [], {}, None
-    for name, folder, tokens, model, depth, qk_norm, sampling in table_rows(args):
-        vae = vaes[tokens]
+    for name, folder, tokens, model, depth, normalised, sampling in table_rows(args):
+        vae = tokenized[tokens][0]
         if folder not in trained:
-            given = dict(base, patch_nums=patch_nums[tokens], depth=depth, out=args.out / folder)
-            trained[folder] = train_transformer(make_config(given, {}), vae, *stored[tokens], model,
-                                                len(classes), qk_norm)
+            config = make_config(dict(base, patch_nums=patch_nums[tokens], depth=depth,
+                                      out=args.out / folder), {})
+            trained[folder] = train_transformer(config, len(classes), *tokenized[tokens], model,
+                                                normalised)
         var, loss = trained[folder]
 
         draw_classes(vae, var, 1, device, sampling)     # the first passes on a GPU take longer
         began = time.time()
         samples = draw_classes(vae, var, args.n, device, sampling)          # (C, n, H, W, 3)
         seconds = time.time() - began
-        if baseline_seconds is None:                    # the first row is raster-scan AR
-            baseline_seconds = seconds
+        baseline_seconds = baseline_seconds or seconds  # the first row is raster-scan AR
         shares, distance = classifier.grade(samples, real)
-        N = sum(p.numel() for p in var.parameters())
-        if model is PlainNorm:
-            N -= var.unused_weights()
         loss_text = f'{loss:.3f}' if tokens == 'scales' else ''
-        lines.append(f'| {name} | {N / 1e6:.1f} M | {seconds / baseline_seconds:.2f} | '
-                     f'{distance:.1f} | {shares.mean():.1%} | {loss_text} |')
+        lines.append(f'| {name} | {used_weights(var) / 1e6:.1f} M | '
+                     f'{seconds / baseline_seconds:.2f} | {distance:.1f} | {shares.mean():.1%} | '
+                     f'{loss_text} |')
         print(lines[-1], flush=True)
-        sheet.append(samples[:, 0])
+        sheet.append(samples[:, 0])                                         # (C, H, W, 3)
         save_image(args.out / 'ablation.png', [make_grid(sheet)])
         (args.out / 'ablation.md').write_text('\n'.join(lines) + '\n')
 

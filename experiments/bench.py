@@ -1,28 +1,27 @@
 """Speed of this code on this machine: training, sampling, and VAR against raster-scan AR.
 
-    python experiments/bench.py                             # under ten minutes on two cores
-    python experiments/bench.py --depths 16 20 24 --baseline-depth 16 --batch 32 --draw 1 16 64
+    python experiments/bench.py                                     # for a CPU
+    python experiments/bench.py --depths 16 --batch 32 --draw 1 16 64 --baseline-depth 16 --compile
 
 Paper: Table 1 (time of sampling), and the appendix on time complexity: O(n^4) for VAR, and O(n^6)
 for raster-scan AR without cached keys and values. The sizes are the official ones, at 256 px. No
-weights are needed, because speed does not depend on them. All times are medians. The peak matmul
-throughput is measured first and last, so that figures can be read against what the machine gave in
-between. The second command suits a large GPU.
-Writes bench.csv and bench.png, the comparison of VAR and raster-scan AR.
+weights are needed, because speed does not depend on them. All times are medians. Training is a
+forward and a backward pass on given tokens, without the optimizer; all samples are guided, which
+doubles their batch. The peak matmul throughput is measured first and last, so that figures can be
+read against what the machine gave in between. The second command suits a large GPU.
+Writes bench.png, the comparison of VAR and raster-scan AR.
 
-Letters: B images per batch, n side of the last token map, d depth, V codes, L tokens of all scales.
+Letters: B images per batch, n side of the last token map, d depth, z code dimension, l tokens of
+one scale, L tokens of all.
 """
-import csv
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 matplotlib.use('Agg')
@@ -30,24 +29,34 @@ import matplotlib.pyplot as plt                                             # no
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from raster import Raster                                                   # noqa: E402
+from support.run import (a_path, cast_linear_weights, choose_precision,     # noqa: E402
+                         make_parser, number, pick_device, precision, run)
 from tokenizer import VQVAE                                                 # noqa: E402
-from var import (VAR, Parser, cast_linear_weights, compile_forward, number,  # noqa: E402
-                 pick_device, precision, record_generate, run)
+from var import VAR                                                         # noqa: E402
 
 # The scales of the comparison, by n. The sides grow geometrically, as the appendix assumes.
 GRIDS = {8: (1, 2, 3, 4, 6, 8),
          16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
          24: (1, 2, 3, 4, 6, 8, 10, 13, 18, 24),
          32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)                 # as the release samples
+EXPONENTS = {'VAR': 4, 'raster-scan AR': 6}         # of n, in the appendix, without a cache
 
 
-def seconds_of(work, device, repetitions=3):
-    """The median time of work(). One call before, which allocates memory, does not count."""
+def synchronize(device):
+    """Waits until the device has done all that was asked of it."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work, device):
+    """The median time of work(): of ten calls, or of as many as begin within ten seconds.
+
+    One call before, which allocates memory and compiles, does not count.
+    """
     work()
     synchronize(device)
     times = []
-    for _ in range(repetitions):
+    while len(times) < 10 and sum(times) < 10:
         start = time.perf_counter()
         work()
         synchronize(device)
@@ -55,69 +64,32 @@ def seconds_of(work, device, repetitions=3):
     return statistics.median(times)
 
 
-def synchronize(device):
-    """Waits until the device has done all that was asked of it."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    elif device.type == 'mps':
-        torch.mps.synchronize()
-
-
-def matmul_throughput(device, dtype):
-    """FLOP/s of the product of two 4096 x 4096 matrices."""
-    a = torch.randn(4096, 4096, device=device).to(dtype)
-    b = torch.randn(4096, 4096, device=device).to(dtype)
-    return 2 * 4096 ** 3 / seconds_of(lambda: a @ b, device, 5)
+def matmul_throughput(device):
+    """FLOP/s of the product of two square matrices, in the precision that the device trains in."""
+    n = 8192 if device.type == 'cuda' else 4096
+    dtype = getattr(torch, choose_precision(device))
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n ** 3 / seconds_of(lambda: a @ b, device)
 
 
 def peak_memory(device):
-    """Peak memory in GiB so far: of all tensors on a GPU, else of the process."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    try:
-        import resource                                         # not on Windows
-    except ImportError:
-        return float('nan')
-    units_per_gib = 2 ** 20 if sys.platform == 'linux' else 2 ** 30         # KiB, or bytes on a Mac
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_gib
+    """{'GiB at most': ...} of all tensors on a CUDA device since the last call; {} elsewhere."""
+    if device.type != 'cuda':
+        return {}
+    most = torch.cuda.max_memory_allocated(device) / 2 ** 30
+    torch.cuda.reset_peak_memory_stats(device)
+    return {'GiB at most': most}
 
 
 # ---- What is measured ----
 
 
-def tokenizer_training(ch, device, as_released):
-    """Seconds per image of a forward and a backward pass of the tokenizer.
-
-    as_released: in float32 and in the memory format NCHW, as the released network is written;
-    otherwise as train.py does it.
-    """
-    vae = VQVAE(ch=ch).to(device).train()
-    image = torch.rand(1, 3, 256, 256, device=device) * 2 - 1
-
-    def to_latent_nchw(images):
-        return vae.quant_conv(vae.encoder(images))
-
-    if as_released:
-        vae.to(memory_format=torch.contiguous_format)
-        vae.to_latent = to_latent_nchw
-
-    def step():
-        with precision(device, 'float32' if as_released else None):
-            rebuilt, quantizer_loss, _, _ = vae(image)
-            loss = F.mse_loss(rebuilt, image) + quantizer_loss
-        loss.backward()
-        vae.zero_grad()
-
-    return seconds_of(step, device, 3 if device.type == 'cuda' else 2)
-
-
-def transformer_training(vae, d, B, device, peak, compiled):
-    """A forward and a backward pass on given tokens: seconds per image, and FLOP/s as a share of
-    `peak`."""
+def training(vae, d, B, device, compiled):
+    """Seconds of a forward and a backward pass of VAR on B images, and the FLOP that it takes."""
     var = VAR(depth=d).to(device).train()
     tokens = [torch.randint(var.vocab_size, (B, p * p), device=device) for p in var.patch_nums]
-    labels = torch.randint(var.num_classes, (B,), device=device)
-    x = vae.var_input(tokens)                                               # (B, L - 1, z)
+    labels = torch.randint(var.num_classes, (B,), device=device)            # (B,)
+    x = vae.var_input(tokens)                                               # (B, L - l, z)
     targets = torch.cat(tokens, dim=1)                                      # (B, L)
 
     def step():
@@ -129,159 +101,136 @@ def transformer_training(vae, d, B, device, peak, compiled):
     with FlopCounterMode(display=False) as counter:
         step()
     if compiled:
-        compile_forward(var.blocks, device)                     # as train.py --compile does
-    seconds = seconds_of(step, device)
-    return seconds / B, counter.get_total_flops() / seconds / peak
+        for block in var.blocks:                                # as train.py --compile does
+            block.compile()
+    return seconds_of(step, device), counter.get_total_flops()
 
 
-def sampling(vae, d, B, device, compiled):
-    """Seconds for B images of 256 px: in total, and for the decoder alone. compiled: with the
-    transformer as sample.py --compile makes it."""
-    var = cast_linear_weights(VAR(depth=d).eval(), device)
-    labels = torch.arange(B) % var.num_classes
-    f_hat = torch.randn(B, 32, 16, 16, device=device)
-    generate_images = partial(var.generate, vae, **SAMPLING)
-    if compiled:
-        compile_forward(var.blocks, device)
-        if device.type == 'cuda':
-            with precision(device):
-                generate_images = record_generate(var, vae, B, **SAMPLING)
-
-    def generate():
-        with precision(device):
-            generate_images(labels, seed=0)
-
-    def decode():
-        with precision(device), torch.no_grad():
-            vae.to_image(f_hat)
-
-    return seconds_of(generate, device), seconds_of(decode, device)
-
-
-def token_generation(kind, d, n, device):
-    """Seconds for the tokens of one image with guidance, without the decoder: by 'VAR', or by
-    'raster', raster-scan AR with cached keys and values."""
-    patch_nums = GRIDS[n] if kind == 'VAR' else (n,)
+def without_decoder(patch_nums, device):
+    """A tokenizer with these scales and the official codes, whose image is f_hat itself."""
     vae = VQVAE(patch_nums, ch=32, ch_mult=(1,)).to(device).eval()
-    vae.to_image = lambda f_hat: f_hat                          # no decoder
-    source = Raster(vae) if kind == 'raster' else vae
-    var = cast_linear_weights(VAR(source.patch_nums, depth=d).eval(), device)
+    vae.to_image = lambda f_hat: f_hat
+    return vae
+
+
+def generation(vae, var, B, device):
+    """Seconds for B guided images, sampled as the release does. vae: a VQVAE or a Raster."""
+    labels = torch.arange(B, device=device) % var.num_classes               # (B,)
 
     def generate():
         with precision(device):
-            var.generate(source, [0], seed=0, **SAMPLING)
+            var.generate(vae, labels, cfg=1.5, top_k=900, top_p=0.96)
 
-    repetitions = 1 if kind == 'raster' and n > 16 else 3       # it takes a pass per token
-    return seconds_of(generate, device, repetitions)
+    return seconds_of(generate, device)
 
 
-def draw(sides, times, growth, d, path):
-    """The comparison in log-log: times {kind: seconds of each side}, growth {kind: exponent}."""
+def sampling(vae, d, B, device):
+    """Seconds for B images of 256 px: in all, and without the decoder."""
+    var = cast_linear_weights(VAR(depth=d).eval(), device)
+    alone = without_decoder(vae.patch_nums, device)
+    return generation(vae, var, B, device), generation(alone, var, B, device)
+
+
+def baseline(n, d, device):
+    """Seconds for the tokens of one guided image, whose last map is (n, n): by VAR, and by
+    raster-scan AR with cached keys and values."""
+    seconds = []
+    for vae in (without_decoder(GRIDS[n], device), Raster(without_decoder((n,), device))):
+        var = cast_linear_weights(VAR(vae.patch_nums, d).eval(), device)
+        seconds.append(generation(vae, var, 1, device))
+    return seconds
+
+
+def draw(sides, times, d, path):
+    """The comparison in log-log: sides (n,), times {kind: seconds of each side}. Returns
+    {kind: exponent of n}, which a line through the points gives."""
     figure, axis = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
-    labels = {'VAR': ('VAR', 4), 'raster': ('raster-scan AR, cached keys and values', 6)}
-    for kind, (label, exponent) in labels.items():
-        if kind in growth:
-            label += f': n^{growth[kind]:.1f}\n(paper, without cache: n^{exponent})'
-        axis.loglog(sides, times[kind], 'o-', label=label)
+    growth = {}
+    for kind, seconds in times.items():
+        growth[kind] = np.polyfit(np.log(sides), np.log(seconds), 1)[0]
+        label = (f'{kind}, cached keys and values: n^{growth[kind]:.1f}\n'
+                 f'(paper, without cache: n^{EXPONENTS[kind]})')
+        axis.loglog(sides, seconds, 'o-', label=label)
     axis.set(xlabel='side n of the last token map',
              ylabel=f'seconds per image, depth {d}, without decoder', xticks=sides)
     axis.set_xticklabels(sides)
     axis.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=80)
+    return growth
 
 
 def parse():
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add('--depths', type=number(int, 1), nargs='+', default=[2, 4, 6, 16],
-        help='that are trained and sampled, at 256 px (default: 2 4 6 16)')
-    add('--batch', type=number(int, 1), default=4, help='images per training step (default: 4)')
+        help='that are trained and sampled, at 256 px [2 4 6 16]')
+    add('--batch', type=number(int, 1), default=4,
+        help='images that are tokenized, and images per training step [4]')
     add('--draw', type=number(int, 1), nargs='+', default=[1, 8],
-        help='images sampled at once (default: 1 8)')
+        help='images sampled at once [1 8]')
     add('--baseline-depth', type=number(int, 1), default=6,
-        help='depth of VAR and of raster-scan AR in their comparison (default: 6)')
+        help='depth of VAR and of raster-scan AR in their comparison [6]')
     add('--grids', type=int, nargs='+', choices=GRIDS, default=[*GRIDS],
-        help='sides of the last token map in that comparison (default: all of these)')
-    add('--ch', type=number(int, 32), default=160, help='width of the tokenizer (default: 160)')
-    add('--compile', action='store_true',
-        help='training and sampling also with torch.compile, sampling on CUDA as one graph')
-    add('--out', type=Path, default=Path('.'), help='folder of bench.csv and bench.png')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
+        help='sides of the last token map in that comparison [all of these]')
+    add('--compile', action='store_true', help='training also with torch.compile')
+    add('--out', type=a_path, default='bench.png', help='the picture [bench.png]')
+    add('--device', help='cuda or cpu [the best there is]')
     return parser.parse_args()
 
 
 def main():
     args = parse()
     torch.manual_seed(0)
-    device, rows = pick_device(args.device), []
+    device = pick_device(args.device)
     hardware = f'{torch.get_num_threads()} threads'
     if device.type == 'cuda':
         hardware = torch.cuda.get_device_name(device)
-    print(f'{device} ({hardware}), torch {torch.__version__}', flush=True)
+    print(f'{device} ({hardware}), {choose_precision(device)}, torch {torch.__version__}',
+          flush=True)
 
     def report(what, figures):
-        """Prints figures {unit: value} of one measurement, and keeps them for bench.csv."""
-        rows.extend((what, unit, value) for unit, value in figures.items())
+        """Prints figures {unit: value} of what was measured since the last call."""
+        figures = {**figures, **peak_memory(device)}
         print(f'{what}:', ', '.join(f'{value:.4g} {unit}' for unit, value in figures.items()),
               flush=True)
 
-    peak = matmul_throughput(device, torch.bfloat16)
-    report('peak matmul throughput', {
-        'GFLOP/s in bfloat16': peak / 1e9,
-        'GFLOP/s in float32': matmul_throughput(device, torch.float32) / 1e9})
+    peak = matmul_throughput(device)
+    report('peak matmul throughput', {'GFLOP/s': peak / 1e9})
 
-    vae = VQVAE(ch=args.ch).to(device).eval().requires_grad_(False)
-    images = torch.rand(4, 3, 256, 256, device=device) * 2 - 1
-    with precision(device), torch.no_grad():
-        tokens = vae.encode(images)
-        encoding = seconds_of(lambda: vae.encode(images), device)
-        decoding = seconds_of(lambda: vae.decode(tokens), device)
-    report('tokenizer, batch 4', {'s per image to encode': encoding / 4,
-                                  's per image to decode': decoding / 4})
+    B, vae = args.batch, VQVAE().to(device).eval().requires_grad_(False)
+    images = torch.rand(B, 3, 256, 256, device=device) * 2 - 1              # (B, 3, H, W)
+    with precision(device):
+        tokens = vae.encode(images)                                         # K of (B, l)
+        report(f'tokenizer, batch {B}', {
+            'ms per image to encode': 1e3 * seconds_of(lambda: vae.encode(images), device) / B,
+            'ms per image to decode': 1e3 * seconds_of(lambda: vae.decode(tokens), device) / B})
 
-    variants = {'': False}                                      # in titles: whether it is compiled
-    if args.compile:
-        variants[', compiled'] = True
     for d in args.depths:
-        for suffix, compiled in variants.items():
-            seconds, share = transformer_training(vae, d, args.batch, device, peak, compiled)
-            report(f'training depth {d}, batch {args.batch}{suffix}', {
-                's per image': seconds, 'images/s': 1 / seconds,
-                'of peak matmul throughput': share,
-                'GiB of memory at most so far': peak_memory(device)})
+        for compiled in [False, True] if args.compile else [False]:
+            seconds, flop = training(vae, d, B, device, compiled)
+            how = 'compiled' if compiled else 'not compiled'
+            report(f'training depth {d}, batch {B}, {how}', {
+                'images/s': B / seconds, 'of peak matmul throughput': flop / seconds / peak})
     for d in args.depths:
-        for B in args.draw:
-            for suffix, compiled in variants.items():
-                seconds, decoder = sampling(vae, d, B, device, compiled)
-                report(f'sampling depth {d}, batch {B}{suffix}', {
-                    's': seconds, 's of it in the decoder': decoder, 'images/s': B / seconds})
+        for n in args.draw:
+            total, alone = sampling(vae, d, n, device)
+            report(f'sampling depth {d}, batch {n}', {
+                'ms': 1e3 * total, 'ms without the decoder': 1e3 * alone,
+                'ms of the decoder': 1e3 * (total - alone), 'images/s': n / total})
 
-    ours = tokenizer_training(args.ch, device, as_released=False)
-    released = tokenizer_training(args.ch, device, as_released=True)
-    report('training the tokenizer', {'s per image': ours, 's per image in float32, NCHW': released,
-                                      'times as fast': released / ours})
-
-    times = {'VAR': [], 'raster': []}
+    times = {kind: [] for kind in EXPONENTS}
     for n in args.grids:
-        for kind in times:
-            times[kind].append(token_generation(kind, args.baseline_depth, n, device))
-        ours, baseline = times['VAR'][-1], times['raster'][-1]
+        seconds = baseline(n, args.baseline_depth, device)
+        for kind, value in zip(times, seconds):
+            times[kind].append(value)
         report(f'{n}x{n} tokens, depth {args.baseline_depth}', {
-            's by VAR': ours, 's by raster-scan AR': baseline, 'times as fast': baseline / ours})
-    growth = {}
+            'ms by VAR': 1e3 * seconds[0], 'ms by raster-scan AR': 1e3 * seconds[1],
+            'times as fast': seconds[1] / seconds[0]})
     if len(args.grids) > 1:
-        for kind in times:
-            growth[kind] = np.polyfit(np.log(args.grids), np.log(times[kind]), 1)[0]
-        report('growth with n', {'as exponent of VAR': growth['VAR'],
-                                 'as exponent of raster-scan AR': growth['raster']})
-    report('peak matmul throughput, at the end', {
-        'GFLOP/s in bfloat16': matmul_throughput(device, torch.bfloat16) / 1e9})
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / 'bench.csv', 'w', newline='') as f:
-        csv.writer(f).writerows([('what', 'unit', 'value'), *rows])
-    draw(args.grids, times, growth, args.baseline_depth, args.out / 'bench.png')
+        growth = draw(args.grids, times, args.baseline_depth, args.out)
+        report('growth with n', {f'as exponent of {kind}': growth[kind] for kind in growth})
+    report('peak matmul throughput, at the end', {'GFLOP/s': matmul_throughput(device) / 1e9})
 
 
 if __name__ == '__main__':

@@ -9,6 +9,8 @@ The white part of the mask, or the inside of the boxes, is generated; the rest i
 the photograph, the part that is kept, and the results. The tokens that are kept are those of the
 whole photograph, so that the kept part shows the tokenizer's own errors; --paste puts the
 photograph's pixels back there.
+
+Letters: N images in all, H x W pixels, P side of the last token map, K scales, l tokens of one.
 """
 import argparse
 import sys
@@ -19,26 +21,24 @@ import torch
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import classes_of, load_both                                    # noqa: E402
-from tokenizer import (UserError, batch_size, crop, make_grid, open_image,  # noqa: E402
-                       save_image, to_tensor, to_uint8)
-from var import Parser, cast_linear_weights, number, pick_device, precision, run  # noqa: E402
+from sample import batch_seed, classes_of, load_both                        # noqa: E402
+from support.images import (batch_size, crop, image_file, make_grid,        # noqa: E402
+                            open_image, save_image, to_tensor, to_uint8)
+from support.run import (A_GUIDANCE, A_SEED, UserError, a_path,             # noqa: E402
+                         cast_linear_weights, make_parser, number, pick_device,
+                         precision, run)
 
 
 def parse_box(text):
-    """'y0,x0,y1,x1' in fractions of the image -> four floats. ValueError if it is no box."""
-    y0, x0, y1, x1 = (float(part) for part in text.split(','))
-    if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-        raise ValueError
-    return y0, x0, y1, x1
-
-
-def parse_box_option(text):
+    """'y0,x0,y1,x1' in fractions of the image -> four floats. ArgumentTypeError if it is no box."""
     try:
-        return parse_box(text)
+        y0, x0, y1, x1 = (float(part) for part in text.split(','))
+        if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+            raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(f'{text}: expected are y0,x0,y1,x1, fractions with '
                                          'y0 < y1 and x0 < x1') from None
+    return y0, x0, y1, x1
 
 
 def new_positions(P, size, boxes=(), mask=None, outside=False):
@@ -68,28 +68,32 @@ def paste(photo, images, pixels):
     an edge as soft as 1/64 of the image."""
     edge = Image.fromarray(np.uint8(255 * pixels)).filter(ImageFilter.GaussianBlur(len(photo) / 64))
     share = np.asarray(edge)[..., None] / 255                               # (H, W, 1)
-    return np.uint8(share * images + (1 - share) * photo + 0.5)
+    return np.uint8(share * images + (1 - share) * photo + 0.5)             # (N, H, W, 3)
+
+
+def parse():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add('photo', type=a_path, help='the photograph')
+    add('--box', type=parse_box, action='append', default=[],
+        help='y0,x0,y1,x1 in fractions, to be generated; may be given several times')
+    add('--mask', type=a_path, help='an image, white where the photograph is generated')
+    add('--outside', action='store_true', help='generate everything else instead')
+    add('--paste', action='store_true', help="put the photograph's pixels back where it is kept")
+    add('--cls', nargs='+', action='extend', help='class indices, names, or all [no class]')
+    add('--n', type=number(int, 1), default=4, help='images per class [4]')
+    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
+    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
+    add('--cfg', type=number(*A_GUIDANCE), help='guidance of the last scale [of the checkpoint]')
+    add('--seed', type=number(*A_SEED), default=0, help='the same seed, the same images')
+    add('--out', type=image_file, default='edited.png', help='the sheet, a row per class')
+    add('--device', help='cuda or cpu [the best there is]')
+    return parser.parse_args()
 
 
 @torch.no_grad()
 def main():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add('photo', type=Path, help='the photograph')
-    add('--box', type=parse_box_option, action='append', default=[],
-        help='y0,x0,y1,x1 in fractions, to be generated; may be given several times')
-    add('--mask', type=Path, help='an image, white where the photograph is generated')
-    add('--outside', action='store_true', help='generate everything else instead')
-    add('--paste', action='store_true', help="put the photograph's pixels back where it is kept")
-    add('--cls', nargs='+', action='extend', help='class indices, names, or all; default: no class')
-    add('--n', type=number(int, 1), default=4, help='images per class')
-    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='of train.py, or a released transformer')
-    add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
-    add('--cfg', type=number(float, 0), help='guidance of the last scale')
-    add('--seed', type=number(int, 0), default=0, help='the same seed, the same images')
-    add('--out', type=Path, default=Path('edited.png'), help='the sheet, a row per class')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
-    args = parser.parse_args()
+    args = parse()
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var, size = vae.to(device), cast_linear_weights(var, device), vae.image_size
@@ -103,18 +107,19 @@ def main():
     photo = crop(open_image(args.photo, size), size)                        # (H, W, 3)
     mask = crop(open_image(args.mask, size), size)[..., 0] if args.mask else None
     new, pixels = new_positions(vae.patch_nums[-1], size, args.box, mask, args.outside)
+    keep = torch.from_numpy(~new).to(device)                                # (P, P)
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
     labels = torch.tensor(classes).repeat_interleave(args.n)                # (N,)
     drawn = []
     for index, part in enumerate(labels.split(batch_size(size))):
         with precision(device):
-            images = var.generate(vae, part, given=given, keep=torch.from_numpy(~new),
-                                  seed=args.seed + 1_000_003 * index, **options)
+            images = var.generate(vae, part, given=given, keep=keep,
+                                  seed=batch_seed(args.seed, index), **options)
         drawn.append(to_uint8(images))
     drawn = np.concatenate(drawn)                                           # (N, H, W, 3)
     if args.paste:
         drawn = paste(photo, drawn, pixels)
-    kept = np.where(pixels[..., None], np.uint8(128), photo)
+    kept = np.where(pixels[..., None], np.uint8(128), photo)                # (H, W, 3)
     rows = [np.stack([photo, kept, *row]) for row in np.split(drawn, len(classes))]
     save_image(args.out, [make_grid(rows)])
     print(f'drew {len(drawn)} images; wrote {args.out}')

@@ -7,7 +7,9 @@
 Tokenizer: PSNR, SSIM, L1, codebook usage (of all scales and of each), entropy of the tokens. The
 reconstructions go into reconstructions.npz, for the evaluators of rFID.
 Transformer (Section 5.2): loss in nats per token and token error, over all scales, of the last one,
-and of each.
+and of each. Scales count from 0.
+
+Letters: B images per batch, n in all, H x W pixels, V codes, K scales, l tokens of one, L of all.
 """
 import math
 import sys
@@ -18,11 +20,30 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runs import data_config                                                # noqa: E402
-from tokenizer import (UserError, psnr, to_tensor, to_uint8,                # noqa: E402
-                       write_file)
-from train import grade_transformer, read_data, show                        # noqa: E402
-from var import Parser, load, number, pick_device, precision, run           # noqa: E402
+from support.checkpoints import load                                        # noqa: E402
+from support.data import read_data                                          # noqa: E402
+from support.images import psnr, to_tensor, to_uint8                        # noqa: E402
+from support.run import (UserError, a_path, make_parser, number,            # noqa: E402
+                         pick_device, precision, run, write_file)
+from train import grade_transformer, make_config                            # noqa: E402
+
+
+def data_config(ckpt, size, data=None):
+    """The Config that tells what a checkpoint is graded on: the data of its training, or `data`.
+
+    size: side of its images. UserError where neither tells the data.
+    """
+    saved = {'size': size, **ckpt.get('config', {})}
+    given = {'data': data} if data else {}
+    if 'data' not in {**saved, **given}:
+        raise UserError('the checkpoint does not tell its data: add --data')
+    return make_config(given, saved)
+
+
+def check_classes(classes, config, ckpt, var):
+    """UserError unless the classes of the data are those that the transformer was trained on."""
+    if len(classes) != var.num_classes or ckpt.get('classes', classes) != classes:
+        raise UserError(f'--data {config.data} has other classes than the transformer')
 
 
 def ssim(a, b):
@@ -55,47 +76,56 @@ def grade_tokenizer(vae, images, n, device, workers=0):
     (n, H, W, 3); their tokens (n, L) int64 and labels (n,).
 
     PSNR in dB, L1 on values in [0, 1], entropy in bits. 'usage k' is the share of the codes that
-    scale k could use at most: all V, or as many as it has tokens, if that is fewer.
+    scale k could use at most: all V, or as many as it has tokens, if that is fewer. UserError if
+    no image can be read.
     """
     scores, rebuilt, tokens, labels = [], [], [], []
     for batch, indices in images.load(images.centres(n), workers):
+        if len(batch) == 0:
+            continue
         a = to_tensor(batch.to(device))                                     # (B, 3, H, W)
         maps = vae.encode(a)                                                # K of (B, l)
-        b = vae.decode(maps)
+        b = vae.decode(maps)                                                # (B, 3, H, W)
         decibels = psnr(a, b)                                               # (B,)
         a, b = a / 2 + 0.5, b / 2 + 0.5                                     # in [0, 1]
-        l1 = (a - b).abs().mean((1, 2, 3))
+        l1 = (a - b).abs().mean((1, 2, 3))                                  # (B,)
         scores.append(torch.stack([decibels.cpu(), ssim(a, b).float(), l1.cpu()]))  # (3, B)
-        rebuilt.append(to_uint8(b))
+        rebuilt.append(to_uint8(b))                                         # (B, H, W, 3)
         tokens.append(torch.cat(maps, dim=1).cpu())                         # (B, L)
-        labels.append(torch.from_numpy(images.labels)[indices])
+        labels.append(torch.from_numpy(images.labels)[indices])             # (B,)
+    if not tokens:
+        raise UserError('none of the images can be read')
     decibels, similarity, l1 = torch.cat(scores, dim=1).mean(1).tolist()
-    tokens = torch.cat(tokens)
+    tokens = torch.cat(tokens)                                              # (n, L)
 
     V = vae.quantize.V
     hits = vae.quantize.count(tokens.to(device)).cpu()                      # (K, V)
     usage = (hits > 0).sum(1) / hits.sum(1).clamp_max(V)                    # (K,)
-    p = hits / hits.sum(1, keepdim=True)
+    p = hits / hits.sum(1, keepdim=True)                                    # (K, V)
     entropy = torch.special.entr(p).sum(1) / math.log(2)                    # (K,), bits per token
     bits = sum(side * side * h for side, h in zip(vae.patch_nums, entropy.tolist()))
     figures = {'PSNR': decibels, 'SSIM': similarity, 'L1': l1,
                'codes used': (hits.sum(0) > 0).sum().item(), 'of': V,
                'bits per token': bits / tokens.shape[1], 'bits per image': bits}
-    for k, value in enumerate(usage.tolist(), start=1):
+    for k, value in enumerate(usage.tolist()):
         figures[f'usage {k}'] = value
     return figures, np.concatenate(rebuilt), tokens, torch.cat(labels)
 
 
+def show(title, figures):
+    print('  '.join([title, *(f'{name} {value:.4g}' for name, value in figures.items())]))
+
+
 def main():
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--ckpt', default='ckpt.pt', help='of train.py, or a released transformer')
-    add('--tokenizer', help='a released tokenizer, for a released transformer')
-    add('--data', help='as for train.py; default: what the checkpoint was trained on')
-    add('--n', type=number(int, 1), default=sys.maxsize, help='validation images; default: all')
-    add('--out', type=Path, default=Path('reconstructions.npz'), help='the images, rebuilt')
+    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
+    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
+    add('--data', help='as for train.py [what the checkpoint was trained on]')
+    add('--n', type=number(int, 1), default=sys.maxsize, help='validation images [all]')
+    add('--out', type=a_path, default='reconstructions.npz', help='the images, rebuilt')
     add('--workers', type=number(int, 0), default=0, help='processes that read images')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
+    add('--device', help='cuda or cpu [the best there is]')
     args = parser.parse_args()
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer)
@@ -108,9 +138,7 @@ def main():
         write_file(args.out, lambda f: np.savez(f, arr_0=rebuilt, arr_1=labels.numpy()))
         if var is None:
             return
-        if ckpt.get('classes', classes) != classes or var.num_classes != len(classes):
-            raise UserError(f'{config.data} has other classes than {args.ckpt}: graded only the '
-                            'tokenizer')
+        check_classes(classes, config, ckpt, var)       # the tokenizer can be graded on any data
         show('transformer', grade_transformer(vae, var.to(device), tokens, labels, device))
 
 

@@ -4,12 +4,12 @@
     python experiments/judge.py --ckpt ckpt.pt --steps 1200         # on the data of its training
 
 Paper: the metrics of Section 5.1 and Table 1, at a size where FID and IS say little. The classifier
-is trained on the training images, which takes minutes on a CPU, and tested on the validation
-images. Then 50 samples per class are drawn with the checkpoint's own guidance and top-k (class c
-has seed c). Prints the share of the samples that is classified correctly, as the class that was
-asked for, and the Frechet distance of their features from those of the validation images. Such a
-distance is comparable only with others of the same classifier and of the same number of samples.
-It takes images of 32 or 64 px. Writes no files.
+is trained on the training images and tested on the validation images. Then 50 samples per class are
+drawn with the checkpoint's own guidance and top-k (class c has seed c). Prints the share of the
+samples that is classified correctly, as the class that was asked for, and the Frechet distance of
+their features from those of the validation images. Such a distance is comparable only with others
+of the same classifier and of the same number of samples. It takes images of 32 or 64 px. Writes no
+files.
 
 Letters: N images of a set, B of a batch, H their side, n samples per class, C classes.
 """
@@ -22,10 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runs import data_config, read_same_data                                # noqa: E402
+from evaluate import check_classes, data_config                             # noqa: E402
 from sample import load_both                                                # noqa: E402
-from tokenizer import UserError, to_tensor, to_uint8                        # noqa: E402
-from var import Parser, number, pick_device, precision, run                 # noqa: E402
+from support.data import read_data                                          # noqa: E402
+from support.images import to_tensor, to_uint8                              # noqa: E402
+from support.run import (UserError, a_path, make_parser, number,            # noqa: E402
+                         pick_device, precision, run)
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -140,23 +142,20 @@ def draw_classes(vae, var, n, device, sampling):
     return np.stack(samples)
 
 
-def parse():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='the models to grade, of train.py')
-    add('--data', help='as for train.py; default: what --ckpt was trained on')
-    add('--n', type=number(int, 1), default=50, help='samples per class (default: 50)')
-    add('--steps', type=number(int, 1), default=400, help='steps of the classifier (default: 400)')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
-    return parser.parse_args()
-
-
 def main():
-    args = parse()
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add('--ckpt', type=a_path, default='ckpt.pt', help='the models to grade, of train.py')
+    add('--data', help='as for train.py [what --ckpt was trained on]')
+    add('--n', type=number(int, 1), default=50, help='samples per class [50]')
+    add('--steps', type=number(int, 1), default=400, help='steps of the classifier [400]')
+    add('--device', help='cuda or cpu [the best there is]')
+    args = parser.parse_args()
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt)
     config = data_config(ckpt, vae.image_size, args.data)
-    train, val, classes = read_same_data(config, ckpt, var.num_classes)
+    train, val, classes, _ = read_data(config)
+    check_classes(classes, config, ckpt, var)
     classifier, real = train_classifier(train, val, classes, args.steps, device,
                                         mirror=config.flip)
     samples = draw_classes(vae.to(device), var.to(device), args.n, device, ckpt['sampling'])

@@ -6,6 +6,8 @@
 The judge is a classifier, as in the paper: a file of torch.export, images (B, 3, H, W) in [0, 1] ->
 logits (B, classes). Without one it is the transformer itself, by the likelihood ratio
 log p(tokens | class) - log p(tokens | no class).
+
+Letters: B images per batch, N in all, H x W pixels, V codes, K scales, l tokens of one, L of all.
 """
 import logging
 import sys
@@ -16,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import classes_of, load_both, shuffled, write_npz               # noqa: E402
-from tokenizer import (batch_size, explain, make_grid, save_image,          # noqa: E402
-                       to_uint8)
-from var import Parser, number, pick_device, precision, run                 # noqa: E402
+from sample import batch_seed, classes_of, load_both, shuffled, write_npz   # noqa: E402
+from support.images import (batch_size, image_file, make_grid,              # noqa: E402
+                            save_image, to_uint8)
+from support.run import (A_SEED, UserError, a_path, make_parser, number,    # noqa: E402
+                         pick_device, precision, reason, run)
 
 
 def log_likelihood(vae, var, labels, tokens):
@@ -42,12 +45,13 @@ def best_of(vae, var, labels, rounds, seed, classifier=None, **options):
         if classifier is None:
             nobody = torch.full_like(labels, var.num_classes)
             with_class = log_likelihood(vae, var, labels, tokens)
-            score = with_class - log_likelihood(vae, var, nobody, tokens)
+            score = with_class - log_likelihood(vae, var, nobody, tokens)   # (B,)
         else:
-            # torch.export refuses other shapes by an AssertionError.
-            wrong = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-            with explain(f'--classifier does not fit images {tuple(images.shape)}', wrong):
-                score = classifier(images).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+            try:
+                score = classifier(images).log_softmax(-1).gather(1, labels[:, None])[:, 0]  # (B,)
+            except Exception as e:              # a module in a file can raise anything
+                raise UserError(f'--classifier does not fit images {tuple(images.shape)}: '
+                                f'{reason(e)}') from e
         draws.append(images)
         scores.append(score)
     best = torch.stack(scores).argmax(0)                                    # (B,)
@@ -56,25 +60,27 @@ def best_of(vae, var, labels, rounds, seed, classifier=None, **options):
 
 def load_classifier(path, device):
     """The module in a file of torch.export. UserError for any other file."""
-    wrong = (OSError, RuntimeError, ValueError, KeyError, AssertionError)
     logging.getLogger('torch.export').setLevel(logging.CRITICAL)    # it would log the traceback
-    with explain(f'--classifier {path}', wrong, 'it must be a file of torch.export.save'):
+    try:
         return torch.export.load(path).module().to(device)
+    except Exception as e:                      # so can a damaged file
+        raise UserError(f'--classifier {path}: {reason(e)}; it must be a file of torch.export.save'
+                        ) from e
 
 
 def main():
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--rounds', type=number(int, 1), default=4, help='draws per image that is kept')
-    add('--classifier', type=Path, help='the judge; default: the transformer itself')
-    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='of train.py, or a released transformer')
-    add('--tokenizer', type=Path, help='a released tokenizer, for a released transformer')
-    add('--cls', nargs='+', action='extend', help='class indices, names, or all')
-    add('--n', type=number(int, 1), default=8, help='images per class')
-    add('--seed', type=number(int, 0), default=0, help='the same seed, the same images')
-    add('--out', type=Path, default=Path('best.png'), help='the sheet, a row per class')
-    add('--npz', type=Path, help='a file for the evaluators of FID, shuffled, instead')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
+    add('--rounds', type=number(int, 1), default=4, help='draws per image that is kept [4]')
+    add('--classifier', type=a_path, help='the judge [the transformer itself]')
+    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
+    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
+    add('--cls', nargs='+', action='extend', help='class indices, names, or all [the first ten]')
+    add('--n', type=number(int, 1), default=8, help='images per class [8]')
+    add('--seed', type=number(*A_SEED), default=0, help='the same seed, the same images')
+    add('--out', type=image_file, default='best.png', help='the sheet, a row per class')
+    add('--npz', type=a_path, help='a file for the evaluators of FID, shuffled, instead')
+    add('--device', help='cuda or cpu [the best there is]')
     args = parser.parse_args()
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
@@ -88,7 +94,7 @@ def main():
     drawn = []
     for i, part in enumerate(labels.split(batch_size(vae.image_size))):
         with precision(device):
-            images = best_of(vae, var, part.to(device), args.rounds, args.seed + 1_000_003 * i,
+            images = best_of(vae, var, part.to(device), args.rounds, batch_seed(args.seed, i),
                              classifier, **ckpt['sampling'])
         drawn.append(to_uint8(images))
     drawn = np.concatenate(drawn)                                           # (N, H, W, 3)

@@ -1,40 +1,41 @@
 """Section 5.2 at a small size: loss and token error against parameters and training compute.
 
     python train.py --data cifar10                                  # the tokenizer, in ckpt.pt
-    python experiments/scaling.py --dry-run                         # what is to be done
-    python experiments/scaling.py --depths 2 3 4 6                  # all of it
+    python experiments/scaling.py --depths 2 3 4 6
 
-Transformers of several depths, equation (7), are trained on the same tokens, with the same batches
-and steps. Each depth has a folder of its own, continues where it was interrupted, and is not
-trained again when it is complete. Depths can therefore be shared among machines: run one --depths
-on each (--dry-run prints the commands), all with the same --out, and in the end the whole command.
-Writes scaling.csv and, for three depths or more, scaling.png (Figs. 5 and 6) and the power laws.
-The samples for Fig. 7, which grid.py draws, are in the folders of the depths.
+Paper: equations (9) to (16), Figs. 5, 6 and 7. Transformers of several depths, equation (7), are
+trained on the same tokens, with the same batches and steps. Each depth has a folder of its own,
+continues where it was interrupted, and is not trained again when it is complete. Depths can
+therefore be shared among machines: run the command on each with some of the --depths, and at last
+with all of them, always with the same other options and an --out that all see.
+Writes scaling-grid.png (Fig. 7), a row per depth, with the samples of four classes, each after
+growing shares of the training; and for three depths or more scaling.png (Figs. 5 and 6), and prints
+the power laws. The figures of each depth are in its log.csv.
 
-Letters: N parameters, C training compute, L tokens of all scales, V codes, z code dimension.
+Letters: d depth, N parameters, C training compute, L tokens of all scales, V codes, z code
+dimension, w width, H x W pixels.
 """
-import csv
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench import seconds_of                                                # noqa: E402
-from curves import read_log                                                 # noqa: E402
-from runs import open_run, read_same_data, train_or_load                    # noqa: E402
-from tokenizer import to_uint8, write_file                                  # noqa: E402
-from train import (TransformerStage, make_config, tokenize,                 # noqa: E402
-                   tokens_key)
-from var import VAR, Parser, number, pick_device, precision, run            # noqa: E402
+from ablation import train_or_load                                          # noqa: E402
+from evaluate import check_classes                                          # noqa: E402
+from sample import load_both                                                # noqa: E402
+from support.data import read_data, tokenize, tokens_key                    # noqa: E402
+from support.images import make_grid, save_image, to_uint8                  # noqa: E402
+from support.run import (UserError, a_path, make_parser, number,            # noqa: E402
+                         pick_device, read_log, run, write_file)
+from train import TransformerStage, make_config                             # noqa: E402
+from var import VAR                                                         # noqa: E402
 
 FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
            'error last': 'Err, last scale', 'error': 'Err, all scales'}
@@ -42,17 +43,16 @@ FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
 
 @dataclass
 class Run:
-    """One depth. N and C as in Section 5.2, C in PFLOP; course: {step: figures}, when trained."""
+    """One depth, trained. N and C as in Section 5.2, C in PFLOP; course: {step: figures}."""
     depth: int
     N: int
     C: float
-    folder: Path
-    course: dict = None
+    course: dict
 
 
 def parameters(var):
     """N: the weights without embeddings and head, which is what equation (8) counts."""
-    return sum(p.numel() for block in var.blocks for p in block.parameters())
+    return sum(p.numel() for p in var.blocks.parameters())
 
 
 def compute(var, images):
@@ -71,38 +71,14 @@ def compute(var, images):
 # ---- Power laws ----
 
 
-@dataclass
-class PowerLaw:
-    """y = e + (b x)^a, equation (9) with an irreducible term e. error: the standard error of a for
-    this e; r: the Pearson coefficient of the line in log-log, as in (10)."""
-    e: float
-    a: float
-    error: float
-    b: float
-    r: float
-
-    def text(self, y, x):
-        return (f'{y} = {self.e:.3g} + ({self.b:.3g} {x})^{self.a:.3g} (+- {self.error:.1g}), '
-                f'r {self.r:.4f}')
-
-
-def fit_line(x, y, e):
-    """The PowerLaw for a given e: a line through log x and log(y - e)."""
-    log_x, log_y = np.log(x), np.log(y - e)
+def fit_power_law(x, y):
+    """y = (b x)^a, equation (9), for points x (n,) and y (n,), by a line in log-log. Returns a, its
+    standard error, b, and the Pearson coefficient of that line, as in (10)."""
+    log_x, log_y = np.log(x), np.log(y)
     r = np.corrcoef(log_x, log_y)[0, 1]
     a, offset = np.polyfit(log_x, log_y, 1)
     error = abs(a) * math.sqrt(max(0., 1 / r ** 2 - 1) / max(1, len(x) - 2))
-    return PowerLaw(e, a, error, math.exp(offset / a), r)
-
-
-def fit_power_law(x, y):
-    """The PowerLaw of falling values y (n,) at x (n,): e is 0, or that of the straightest line if
-    it improves r by more than 0.001."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    plain = fit_line(x, y, 0.)
-    lines = [fit_line(x, y, share * y.min()) for share in np.linspace(0, 0.99, 100)]
-    best = min(lines, key=lambda line: line.r)                  # r is -1 for a perfect line
-    return best if best.r < plain.r - 1e-3 else plain
+    return a, error, np.exp(offset / a), r
 
 
 def pareto_front(points):
@@ -119,166 +95,131 @@ def pareto_front(points):
 
 
 class ScalingStage(TransformerStage):
-    """Also stores, at every evaluation, a sample of each of the first ten classes for grid.py."""
+    """Also stores, at every evaluation, a sample of each of the first four classes, for Fig. 7."""
 
     def evaluate(self):
-        classes = list(range(min(10, self.var.num_classes)))
-        images = self.var.generate(self.vae, classes, seed=0, **self.config.sampling)
-        percent = round(100 * self.step / self.steps)
-        path = self.config.out / f'samples-{percent}.npy'
-        write_file(path, lambda f: np.save(f, to_uint8(images)))            # (classes, H, W, 3)
+        classes = list(range(min(4, self.var.num_classes)))
+        images = to_uint8(self.var.generate(self.vae, classes, seed=0, **self.config.sampling))
+        path = self.config.out / f'samples-{self.step}.npy'
+        write_file(path, lambda f: np.save(f, images))                      # (4, H, W, 3)
         return super().evaluate()
 
 
 def read_course(folder):
     """The evaluations of a trained depth, from log.csv: {step: {name: value}}."""
     log = read_log(folder / 'log.csv')
-    course = {}
-    for step in log['transformer', 'loss']:
-        course[step] = {name: log['transformer', name][step][1] for name in FIGURES}
-    return course
-
-
-def seconds_per_pflop(vae, num_classes, batch, device):
-    """The pace of training at depth 4, from one forward and backward pass of a batch."""
-    V, z = vae.quantize.embedding.weight.shape
-    var = VAR(vae.patch_nums, 4, num_classes, V, z).to(device).train()
-    tokens = [torch.randint(V, (batch, p * p), device=device) for p in vae.patch_nums]
-    labels = torch.zeros(batch, dtype=torch.long, device=device)
-
-    def step():
-        with precision(device):
-            _, loss = var(labels, vae.var_input(tokens), torch.cat(tokens, dim=1))
-        loss.backward()
-
-    return seconds_of(step, device, repetitions=1) / compute(var, batch)
+    return {step: {name: log['transformer', name][step] for name in FIGURES}
+            for step in log['transformer', 'loss']}
 
 
 # ---- Output ----
 
 
-def draw(runs, path):
+def draw_grid(runs, out):
+    """Fig. 7: a row per depth; the columns are four classes, each after growing shares of the
+    training, all from one seed."""
+    rows = []
+    for one in runs:
+        samples = [np.load(out / f'd{one.depth}' / f'samples-{step}.npy') for step in one.course]
+        samples = np.stack(samples, axis=1)                     # (4, evaluations, H, W, 3)
+        rows.append(samples.reshape(-1, *samples.shape[2:]))
+    save_image(out / 'scaling-grid.png', [make_grid(rows)])
+
+
+def draw_laws(runs, path):
     """Figs. 5 and 6: the last figures against N (above) and all of them against C (below).
 
     Returns the power laws, a line each.
     """
     laws = []
-    figure, axes = plt.subplots(2, 4, figsize=(18, 8), constrained_layout=True)
-    N = np.array([one.N / 1e6 for one in runs])
-    for (above, below), (name, title) in zip(axes.T, FIGURES.items()):
-        y = [one.course[max(one.course)][name] for one in runs]
-        law = fit_power_law(N, y)
-        laws.append(law.text(title, 'N') + '; N in millions')
-        x = np.geomspace(N.min(), N.max())
-        above.plot(N, y, 'o', color='C0')
-        above.plot(x, law.e + (law.b * x) ** law.a, '--', color='grey')
-        above.set(xlabel='parameters N, millions', xscale='log', yscale='log')
-        above.set_title(law.text(title, 'N').replace(' (+-', '\n(+-'), fontsize=9)
 
+    def fit(axis, x, y, title, symbol):
+        """Draws a power law through points and names it in the title of the axis."""
+        a, error, b, r = fit_power_law(x, y)
+        law, quality = f'{title} = ({b:.3g} {symbol})^{a:.3g}', f'(+- {error:.1g}), r {r:.4f}'
+        laws.append(f'{law} {quality}')
+        axis.set_title(f'{law}\n{quality}', fontsize=9)
+        axis.plot(x, (b * np.array(x)) ** a, '--', color='grey')
+
+    figure, axes = plt.subplots(2, 4, figsize=(18, 8), constrained_layout=True)
+    for (above, below), (name, title) in zip(axes.T, FIGURES.items()):
+        N = [one.N / 1e6 for one in runs]
+        y = [one.course[max(one.course)][name] for one in runs]
+        above.plot(N, y, 'o')
+        fit(above, N, y, title, 'N')
         points = []
         for one in runs:
-            steps = sorted(one.course)
-            C = [one.C * step / steps[-1] for step in steps]
-            values = [one.course[step][name] for step in steps]
-            points += list(zip(C, values))
+            C = [one.C * step / max(one.course) for step in one.course]
+            values = [figures[name] for figures in one.course.values()]
             below.plot(C, values, 'o-', label=f'depth {one.depth}', lw=1, ms=3)
+            points += zip(C, values)
         front = pareto_front(points)
-        front_C, front_y = [C for C, _ in front], [y for _, y in front]
-        title_below = title
         if len(front) > 2:
-            law = fit_power_law(front_C, front_y)
-            laws.append(law.text(title, 'C') + '; C in PFLOP')
-            title_below = law.text(title, 'C').replace(' (+-', '\n(+-')
-            below.plot(front_C, front_y, 'k--', lw=1, label='Pareto front')
-        below.set(xlabel='training compute C, PFLOP', xscale='log', yscale='log')
-        below.set_title(title_below, fontsize=9)
+            fit(below, *zip(*front), title, 'C')
         below.legend(fontsize=8)
-        for axis in (above, below):                     # 4.2 instead of 4.2 x 10^0
-            axis.yaxis.set_major_formatter('{x:.4g}')
+        for axis, x in ((above, 'parameters N, millions'), (below, 'training compute C, PFLOP')):
+            axis.set(xlabel=x, xscale='log', yscale='log')
+            axis.yaxis.set_major_formatter('{x:.4g}')           # 4.2 instead of 4.2 x 10^0
             axis.yaxis.set_minor_formatter('{x:.4g}')
     figure.savefig(path, dpi=70)
     return laws
 
 
-def write_table(runs, path):
-    with open(path, 'w', newline='') as f:
-        table = csv.writer(f)
-        table.writerow(['depth', 'parameters', 'PFLOP', 'step', *FIGURES])
-        for one in runs:
-            for step, figures in one.course.items():
-                C = one.C * step / max(one.course)
-                values = [f'{figures[name]:.5g}' for name in FIGURES]
-                table.writerow([one.depth, one.N, f'{C:.4g}', step, *values])
-
-
 def parse():
-    parser = Parser(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--ckpt', type=Path, default=Path('ckpt.pt'), help='its tokenizer and its options are used')
-    add('--data', help='as for train.py; default: what --ckpt was trained on')
+    add('--ckpt', type=a_path, default='ckpt.pt', help='its tokenizer and its options are used')
+    add('--data', help='as for train.py [what --ckpt was trained on]')
     add('--depths', type=number(int, 1), nargs='+', default=[2, 3, 4, 6],
-        help='of the transformers (default: 2 3 4 6)')
-    add('--steps', type=number(int, 1), default=1000, help='of each (default: 1000)')
-    add('--batch', type=number(int, 1), default=32, help='images per step (default: 32)')
+        help='of the transformers [2 3 4 6]')
+    add('--steps', type=number(int, 1), default=1000, help='of each [1000]')
+    add('--batch', type=number(int, 1), default=32, help='images per step [32]')
     add('--lr', type=number(float, 0), default=1.5e-3,
-        help='peak learning rate at depth 4; at depth d it is sqrt(4 / d) times that')
-    add('--out', type=Path, default=Path('scaling'),
-        help='folder for everything (default: scaling)')
-    add('--device', help='cuda, mps or cpu; default: the best there is')
-    add('--dry-run', action='store_true', help='print the plan and the time it takes, and end')
+        help='peak learning rate at depth 4; at depth d it is sqrt(4 / d) times that [0.0015]')
+    add('--out', type=a_path, default='scaling', help='folder for everything [scaling]')
+    add('--device', help='cuda or cpu [the best there is]')
     return parser.parse_args()
 
 
 def main():
     args = parse()
-    device, began = pick_device(args.device), time.time()
-    vae, saved, shared = open_run(args.ckpt, device)
-    V, z = vae.quantize.embedding.weight.shape
-    classes, runs = shared['classes'], []
-    for depth in args.depths:
-        var = VAR(vae.patch_nums, depth, len(classes), V, z)
-        C = compute(var, args.steps * args.batch)
-        runs.append(Run(depth, parameters(var), C, args.out / f'd{depth}'))
-    if args.dry_run:
-        data = f'--data {args.data} ' if args.data else ''
-        pace = seconds_per_pflop(vae, len(classes), args.batch, device)
-        for one in runs:
-            print(f'depth {one.depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP, about '
-                  f'{one.C * pace / 60:.0f} min:  python {sys.argv[0]} --ckpt {args.ckpt} '
-                  f'{data}--steps {args.steps} --batch {args.batch} --lr {args.lr} '
-                  f'--out {args.out} --depths {one.depth}')
-        return
-
-    # epochs=0: all depths make the same number of steps, however few images there are.
-    # saln=False: the scaling laws are about one AdaLN projection per block, equation (8).
-    base = dict(steps=args.steps, batch=args.batch, epochs=0., saln=False, muon_lr=0.,
-                device=device)
+    device = pick_device(args.device)
+    vae, var, ckpt = load_both(args.ckpt)
+    if 'config' not in ckpt:
+        raise UserError(f'{args.ckpt} was not made by train.py')
+    vae = vae.to(device).requires_grad_(False)
+    # shared_aln=False: the scaling laws are about one AdaLN projection per block, equation (8).
+    base = dict(steps=args.steps, batch=args.batch, shared_aln=False, device=device)
     if args.data:
         base['data'] = args.data
     # Tokens go to the folder of the first depth, where no other machine writes.
-    config = make_config(dict(base, out=runs[0].folder), saved)
-    train, val, _ = read_same_data(config, shared, len(classes))
+    config = make_config(dict(base, out=args.out / f'd{args.depths[0]}'), ckpt['config'])
+    train, val, classes, _ = read_data(config)
+    check_classes(classes, config, ckpt, var)
     stored = tokenize(vae, train, config, 'train', config.views)
     stored_val = tokenize(vae, val, config, 'val')
-    # Another tokenizer makes other tokens: what was trained on those is trained again.
-    inputs = tokens_key(vae, train, config.views, config)
-    for one in runs:
-        lr = args.lr * math.sqrt(4 / one.depth)
-        config = make_config(dict(base, depth=one.depth, lr=lr, out=one.folder), saved)
+    key = tokens_key(vae, train, config.views, config)
+    V, z = vae.quantize.embedding.weight.shape
+    runs = []
+    for depth in args.depths:
+        config = make_config(dict(base, depth=depth, lr=args.lr * math.sqrt(4 / depth),
+                                  out=args.out / f'd{depth}'), ckpt['config'])
 
         def make_stage():
-            var = VAR(vae.patch_nums, one.depth, len(classes), V, z).to(device)
+            var = VAR(vae.patch_nums, depth, len(classes), V, z)
             return ScalingStage(config, vae, var, stored, stored_val)
 
-        train_or_load(make_stage, config, inputs, stage='transformer', **shared)
-        one.course = read_course(one.folder)
-        last = one.course[max(one.course)]
-        print(f'depth {one.depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP,',
+        var = train_or_load(make_stage, config, key).var
+        one = Run(depth, parameters(var), compute(var, args.steps * args.batch),
+                  read_course(config.out))
+        runs.append(one)
+        last = one.course[args.steps]
+        print(f'depth {depth}: {one.N / 1e6:.2f} M parameters, {one.C:.3g} PFLOP,',
               ', '.join(f'{name} {last[name]:.4f}' for name in FIGURES), flush=True)
-    write_table(runs, args.out / 'scaling.csv')
+    draw_grid(runs, args.out)
     if len(runs) > 2:
-        print(*draw(runs, args.out / 'scaling.png'), sep='\n')
-    print(f'{(time.time() - began) / 60:.0f} minutes, results in {args.out}')
+        laws = draw_laws(runs, args.out / 'scaling.png')
+        print('N in millions, C in PFLOP:', *laws, sep='\n')
 
 
 if __name__ == '__main__':
