@@ -689,9 +689,9 @@ def main():
 
     stored = tokenize(vae, train, config, 'train', config.views)
     stored_val = tokenize(vae, val, config, 'val')
-    unread = [name for i, name in enumerate(classes) if i not in stored[1]]
+    unread = sorted({*train.labels.tolist()} - {*stored[1].tolist()})
     if unread:
-        raise UserError(f'no training image of class {unread[0]} can be read')
+        raise UserError(f'no training image of class {classes[unread[0]]} can be read')
     if config.compile:
         for block in var.blocks:
             block.compile()

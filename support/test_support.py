@@ -717,6 +717,15 @@ def test_a_run_goes_on_when_its_terminal_closes(trained, tmp_path, monkeypatch):
     assert same_weights(trained / 'ckpt.pt', tmp_path / 'ckpt.pt')
 
 
+def test_classes_of_one_image_each(trained, tmp_path, monkeypatch):
+    """Some classes are held out as a whole: they have no training images, and are not missed."""
+    source = trained / 'images' / 'dog' / '1 é.png'
+    for i in range(10):
+        (tmp_path / 'images' / f'{i}').mkdir(parents=True)
+        (tmp_path / 'images' / f'{i}' / 'x.png').write_bytes(source.read_bytes())
+    assert command(train, '--data', 'images', *TINY, monkeypatch=monkeypatch, folder=tmp_path) == 0
+
+
 def test_a_run_that_is_killed_while_it_tokenizes_goes_on(trained, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
