@@ -77,7 +77,10 @@ def find_splits(root):
     val = [by_name[name] for name in VAL_NAMES if name in by_name]
     if not train:
         return '', ''
-    if not class_folders(root, train[0], Counter()):
+    # The first class folder is enough: to list them all takes long, and is done by by_class.
+    in_train = (os.path.join(train[0], name) for name in subfolders(root / train[0])
+                if name != 'images')
+    if not any(len(images_in(root, folder, Counter())) > 0 for folder in in_train):
         classes = {name.lower() for name in class_folders(root, '', Counter())}
         if classes - {*TRAIN_NAMES, *VAL_NAMES}:
             return '', ''
