@@ -157,7 +157,7 @@ PRESETS = {
     '64': dict(
         size=64, patch_nums=(1, 2, 4, 8, 16), tokenizer='train', ch=32, vocab_size=1024,
         network=dict(ch_mult=(1, 2, 4), z_channels=16, res_blocks=1, normalise=False),
-        tokenizer_steps=2200, tokenizer_batch=16, tokenizer_lr=1e-3,
+        tokenizer_steps=4500, tokenizer_batch=16, tokenizer_lr=1e-3,
         perceptual=0., adversarial=0.5, flip=True,
         depth=4, shared_aln=False, steps=4700, batch=16, lr=3e-3,
         sampling=dict(cfg=4., top_k=100, top_p=1.)),
