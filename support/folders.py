@@ -48,19 +48,20 @@ def images_in(root, folder, others):
 
 
 def class_folders(root, folder, others):
-    """{class: names of images} of the class folders in root / folder that have images."""
-    found = {name: images_in(root, os.path.join(folder, name), others)
-             for name in subfolders(root / folder) if name != 'images'}
-    return {name: names for name, names in found.items() if len(names) > 0}
+    """{class: names of images} of the class folders in root / folder; some may have none."""
+    return {name: images_in(root, os.path.join(folder, name), others)
+            for name in subfolders(root / folder) if name != 'images'}
 
 
 def by_class(root, folder, others):
-    """class_folders; or if there are none, {'': the images that lie in it}; {} without images."""
+    """class_folders that have images; or if there are none, {'': the images that lie in it}; {}
+    without images."""
     loose = images_in(root, folder, others)
-    found = class_folders(root, folder, others)
+    groups = class_folders(root, folder, others)
+    found = {name: names for name, names in groups.items() if len(names) > 0}
+    empty = [name for name in groups if name not in found]
     if found and len(loose) > 0:
         others['images beside the class folders'] += len(loose)
-    empty = [name for name in subfolders(root / folder) if name not in found and name != 'images']
     if found and empty:
         tell(f'folders without images, left out: {", ".join(empty)}')
     return found or ({'': loose} if len(loose) > 0 else {})
@@ -81,7 +82,8 @@ def find_splits(root):
     in_train = (os.path.join(train[0], name) for name in subfolders(root / train[0])
                 if name != 'images')
     if not any(len(images_in(root, folder, Counter())) > 0 for folder in in_train):
-        classes = {name.lower() for name in class_folders(root, '', Counter())}
+        groups = class_folders(root, '', Counter())
+        classes = {name.lower() for name, names in groups.items() if len(names) > 0}
         if classes - {*TRAIN_NAMES, *VAL_NAMES}:
             return '', ''
     return train[0], (val[0] if val else '')
@@ -100,25 +102,26 @@ def say_left_out(others):
 
 
 def find_root(asked):
-    """The folder that --data means, and its training images {class: names}: `asked` or, if it has
-    no images where they count, the nearest folder below. UserError if there are several."""
+    """The folder that --data means, its splits, and its training images {class: names}: `asked` or,
+    if it has no images where they count, the nearest folder below. UserError if there are several.
+    """
     level, not_images = [asked], None
     for _ in range(5):
         found = {}
         for folder in level:
-            others = Counter()
-            train = by_class(folder, find_splits(folder)[0], others)
+            splits, others = find_splits(folder), Counter()
+            train = by_class(folder, splits[0], others)
             if train:
-                found[folder] = train, others
+                found[folder] = splits, train, others
             not_images = not_images or others                   # of the folder that was asked for
         if len(found) > 1:
             raise UserError(f'--data {asked}: no images in it, but in several folders below: try '
                             f'--data {min(found)}')
         if found:
-            root, (train, others) = found.popitem()
+            root, (splits, train, others) = found.popitem()
             if others:
                 tell(f'left out: {say_left_out(others)}')
-            return root, train
+            return root, splits, train
         level = [folder / name for folder in level for name in subfolders(folder)]
     but = f', but {say_left_out(not_images)}' if not_images else ''
     raise UserError(f'--data {asked}: no images in it{but}; {LAYOUTS}')
@@ -171,8 +174,7 @@ def read_folder(root):
     if not asked.is_dir():
         what = 'a file; unpack it first' if asked.is_file() else 'no such folder'
         raise UserError(f'--data {asked}: {what}; {LAYOUTS}')
-    root, train = find_root(asked)
-    train_folder, val_folder = find_splits(root)
+    root, (train_folder, val_folder), train = find_root(asked)
     used = f'{root / train_folder}: training'
     val = validation_images(root, val_folder, train) if val_folder else {}
     if val:
