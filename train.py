@@ -85,7 +85,7 @@ expanded = os.path.expanduser
 class Config:
     """Everything that defines a run, saved with its weights, and how it is run."""
     data: str = option('shapes, cifar10, or a folder of images', expanded, default='shapes')
-    size: int = option('side of the images: 32, 64, 128, 256 or 512; without it 32 for shapes and '
+    size: int = option('side of the images: 32, 64, 128 or 256; without it 32 for shapes and '
                        'CIFAR-10, and 256 for a folder', at_least_1, default=None)
     classes: str = option('use the first N classes, or the classes a,b,c', default='')
     limit: int = option('use at most so many images per class; 0: all', count, default=0)
@@ -105,15 +105,13 @@ class Config:
 
     # Stage 2.
     depth: int = option('d: width 64 d, d heads, d blocks, equation (7)', at_least_1)
-    shared_aln: bool = option('share the AdaLN projection among the blocks', bool)
     init: str = option('a file of weights that both stages start from, for fine-tuning; add '
                        '--tokenizer FILE to keep its tokenizer as it is', expanded, default='')
     steps: int = option('steps of stage 2', count)
     batch: int = option('images per step of stage 2, of all processes', at_least_1)
     lr: float = option('peak learning rate of stage 2, whatever the batch; the paper has 1e-4 per '
                        '256 images', nonnegative)
-    views: int = option('stored crops per image: the centre, then random ones', at_least_1,
-                        default=1)
+    views: int = option('stored crops per image: the centre, then random ones', at_least_1)
     flip: bool = option('mirror at random in stage 1, and every second view in stage 2, which then '
                         'has two views at least', bool)
     sampling: dict = field()        # what suits the model: options of VAR.generate
@@ -144,43 +142,36 @@ PRESETS = {
         size=32, patch_nums=(1, 2, 4, 8), tokenizer='train', ch=16, vocab_size=256,
         network=dict(ch_mult=(1, 2, 4), z_channels=8, res_blocks=1, normalise=False),
         tokenizer_steps=450, tokenizer_batch=16, tokenizer_lr=1e-3,
-        perceptual=0., adversarial=0., flip=False,
-        depth=3, shared_aln=False, steps=1750, batch=16, lr=5e-3,
+        perceptual=0., adversarial=0., flip=False, views=1,
+        depth=3, steps=1750, batch=16, lr=5e-3,
         sampling=dict(cfg=4., top_k=20, top_p=1.)),
     '32': dict(
         size=32, patch_nums=(1, 2, 4, 8), tokenizer='train', ch=32, vocab_size=1024,
         network=dict(ch_mult=(1, 2, 4), z_channels=16, res_blocks=1, normalise=False),
         tokenizer_steps=2800, tokenizer_batch=16, tokenizer_lr=1e-3,
-        perceptual=0., adversarial=0.5, flip=False,
-        depth=4, shared_aln=False, steps=6600, batch=32, lr=3e-3,
+        perceptual=0., adversarial=0.5, flip=False, views=1,
+        depth=4, steps=6600, batch=32, lr=3e-3,
         sampling=dict(cfg=6., top_k=100, top_p=1.)),
     '64': dict(
         size=64, patch_nums=(1, 2, 4, 8, 16), tokenizer='train', ch=32, vocab_size=1024,
         network=dict(ch_mult=(1, 2, 4), z_channels=16, res_blocks=1, normalise=False),
         tokenizer_steps=4500, tokenizer_batch=16, tokenizer_lr=1e-3,
-        perceptual=0., adversarial=0.5, flip=True,
-        depth=4, shared_aln=False, steps=4700, batch=16, lr=3e-3,
-        sampling=dict(cfg=4., top_k=100, top_p=1.)),
+        perceptual=0., adversarial=0.5, flip=True, views=4,
+        depth=4, steps=17000, batch=16, lr=3e-3,
+        sampling=dict(cfg=8., top_k=10, top_p=1.)),
     '128': dict(
         size=128, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), tokenizer='train', ch=96,
         vocab_size=4096, network=dict(ch_mult=(1, 1, 2, 4)),
         tokenizer_steps=20000, tokenizer_batch=32, tokenizer_lr=1e-4,
-        perceptual=1., adversarial=0.5, flip=False,
-        depth=16, shared_aln=False, steps=50000, batch=256, lr=1e-4,
+        perceptual=1., adversarial=0.5, flip=False, views=1,
+        depth=16, steps=50000, batch=256, lr=1e-4,
         sampling=dict(cfg=1.5, top_k=900, top_p=0.96)),
     '256': dict(
         size=256, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), tokenizer='official', ch=160,
         vocab_size=4096, network=dict(ch_mult=(1, 1, 2, 2, 4)),
         tokenizer_steps=80000, tokenizer_batch=8, tokenizer_lr=1e-4,
-        perceptual=1., adversarial=0.5, flip=False,
-        depth=16, shared_aln=False, steps=50000, batch=256, lr=1e-4,
-        sampling=dict(cfg=1.5, top_k=900, top_p=0.96)),
-    '512': dict(
-        size=512, patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), tokenizer='official', ch=160,
-        vocab_size=4096, network=dict(ch_mult=(1, 1, 2, 2, 4)),
-        tokenizer_steps=80000, tokenizer_batch=2, tokenizer_lr=1e-4,
-        perceptual=1., adversarial=0.5, flip=False,
-        depth=16, shared_aln=True, steps=50000, batch=256, lr=1e-4,
+        perceptual=1., adversarial=0.5, flip=False, views=1,
+        depth=16, steps=50000, batch=256, lr=1e-4,
         sampling=dict(cfg=1.5, top_k=900, top_p=0.96))}
 
 
@@ -217,7 +208,7 @@ def make_config(given, saved):
     if data == 'shapes' and name == '32':
         name = 'shapes'
     if name not in PRESETS:
-        raise UserError(f'--size {name}: choose from 32, 64, 128, 256, 512')
+        raise UserError(f'--size {name}: choose from 32, 64, 128, 256')
     config = Config(**{**PRESETS[name], **chosen})
     if config.precision not in (None, *PRECISIONS):
         raise UserError(f'--precision {config.precision}: choose from {", ".join(PRECISIONS)}')
@@ -585,7 +576,7 @@ def make_var(config, vae, num_classes, init=''):
     """The transformer: a new one, or one with the weights of the file `init`. Those of a resumed
     run are loaded by train_stage."""
     V, z = vae.quantize.embedding.weight.shape
-    var = VAR(config.patch_nums, config.depth, num_classes, V, z, config.shared_aln)
+    var = VAR(config.patch_nums, config.depth, num_classes, V, z)
     weights = read_checkpoint(init).get('var') if init else None
     if weights:
         fresh, known = var.class_emb.weight.detach(), weights['class_emb.weight']   # (classes+1, w)
@@ -664,7 +655,7 @@ def main():
     if not state and (config.out / 'ckpt.pt').resolve() in start_from:
         raise UserError(f'{config.out / "ckpt.pt"} would be moved aside: give model.pt, or --out')
     path, file = tokenizer_file(config, state)
-    # A released tokenizer has no scales in its file, and serves those of 256 and of 512 px.
+    # The file of the released tokenizer does not have its scales.
     scales = tuple(file.get('patch_nums', config.patch_nums))
     if given.get('patch_nums', scales) != scales:
         raise UserError(f'--patch-nums: the tokenizer {path} was trained with {scales}')

@@ -12,7 +12,8 @@ of the same classifier and of the same number of samples. It takes images of 32 
 files.
 
 The share is too high: a classifier of a few classes learns the colours and textures that tell them
-apart, and does not ask for the thing itself.
+apart, and does not ask for the thing itself. On Imagenette at 64 px it says 98.6 % of 500 samples,
+and a network trained on all of ImageNet 74.2 %, or 16.0 % when it chooses among its 1,000 classes.
 
 Letters: N images of a set, B of a batch, H their side, n samples per class, C classes.
 """
@@ -167,7 +168,8 @@ def main():
         print(f'{name:>10}: {share:.0%} of {args.n} samples')
     print(f'all: {shares.mean():.1%} of {len(classes) * args.n} samples are classified correctly; '
           f'Frechet distance {distance:.1f}')
-    print(f'This is too kind: the classifier knows these {len(classes)} classes alone.')
+    print(f'This is too kind: the classifier knows these {len(classes)} classes alone. On Imagenette it '
+          'said 98.6%, a network trained on all of ImageNet 74.2%.')
 
 
 if __name__ == '__main__':
