@@ -168,8 +168,8 @@ def main():
         print(f'{name:>10}: {share:.0%} of {args.n} samples')
     print(f'all: {shares.mean():.1%} of {len(classes) * args.n} samples are classified correctly; '
           f'Frechet distance {distance:.1f}')
-    print(f'This is too kind: the classifier knows these {len(classes)} classes alone. On Imagenette it '
-          'said 98.6%, a network trained on all of ImageNet 74.2%.')
+    print(f'This is too kind: the classifier knows these {len(classes)} classes alone. On '
+          'Imagenette it said 98.6%, a network trained on all of ImageNet 74.2%.')
 
 
 if __name__ == '__main__':
