@@ -6,10 +6,13 @@
     python sample.py --cls 3 --scales growing.gif           # the images growing scale by scale
     python sample.py --npz samples.npz --n 50 --cls all     # for the evaluators of FID
 
-Paper: Section 5.1, Table 3 (guidance, top-k). Editing, rejection sampling and evaluation are in
-experiments/. Letters: B images per batch, N in all, H x W pixels, K scales.
+Paper: equation (6) draws the tokens, Algorithm 2 makes images of them; Section 5.1, Table 3
+(guidance, top-k). Editing, rejection sampling and evaluation are in experiments/. Letters: B images
+per batch, N in all, H x W pixels, K scales.
 """
+import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,9 +20,9 @@ import torch
 from support.checkpoints import load
 from support.images import (batch_size, image_file, image_format, make_grid, save_image,
                             to_uint8)
-from support.run import (A_GUIDANCE, A_SEED, PRECISIONS, UserError, a_path, cast_linear_weights,
-                         gather, make_parser, nfc, number, pick_device, precision, rank_and_world,
-                         run, tell, write_file)
+from support.options import a_guidance, a_path, a_seed, make_parser, number
+from support.run import (PRECISIONS, UserError, cast_linear_weights, gather, nfc, pick_device,
+                         precision, rank_and_world, run, seed_of, tell, write_file)
 
 
 def parse():
@@ -29,11 +32,11 @@ def parse():
     add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
     add('--cls', nargs='+', action='extend', help='class indices, names, or all [the first ten]')
     add('--n', type=number(int, 1), default=8, help='images per class [8]')
-    add('--cfg', type=number(*A_GUIDANCE), help='guidance of the last scale [of the checkpoint]')
+    add('--cfg', type=a_guidance, help='guidance of the last scale [of the checkpoint]')
     add('--top-k', type=number(int, 0),
         help='sample from the k likeliest codes; 0: from all [of the checkpoint]')
     add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off [of the checkpoint]')
-    add('--seed', type=number(*A_SEED), default=0,
+    add('--seed', type=a_seed, default=0,
         help='the same images for the same seed, --cls, --n and --batch')
     add('--batch', type=number(int, 1), help='images per pass [50; 16 at 256 px, 4 at 512 px]')
     add('--out', type=image_file, default='samples.png', help='the sheet, a row per class')
@@ -52,21 +55,6 @@ def load_both(path, tokenizer=None):
         raise UserError(f'{path} has a tokenizer only: give --ckpt a transformer, or finish the '
                         'training by train.py --resume')
     return vae, var, ckpt
-
-
-def shuffled(n, seed):
-    """A random permutation (n,), for the images of a file for the evaluators of FID.
-
-    They take the inception score of consecutive blocks: images that are sorted by class would get
-    a far lower one.
-    """
-    return np.random.default_rng(seed).permutation(n)
-
-
-def write_npz(path, images, labels):
-    """Writes shuffled images uint8 (N, H, W, 3) and their labels (N,) for those evaluators."""
-    arrays = {'arr_0': images, 'arr_1': labels.numpy()}
-    write_file(path, lambda f: np.savez(f, **arrays))
 
 
 def classes_of(asked, n, names, words):
@@ -94,54 +82,74 @@ def classes_of(asked, n, names, words):
     return found
 
 
-def sheet(images, columns):
-    """Images uint8 (N, H, W, 3) in rows of so many columns."""
-    return make_grid(np.split(images, range(columns, len(images), columns)))
-
-
-def batch_seed(seed, index):
-    """The seed of a batch, from 0 to 2^63 - 1, as torch takes it."""
-    return (seed + 1_000_003 * index) % 2 ** 63
+def labels_of(args, ckpt, var, otherwise):
+    """The labels (N,) of --n images of each class of --cls, or of the classes `otherwise`."""
+    classes = otherwise
+    if args.cls:
+        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
+                             ckpt.get('words', []))
+    return torch.tensor(list(classes)).repeat_interleave(args.n)
 
 
 @torch.no_grad()
-def draw_all(vae, var, labels, places, args, options):
+def draw_all(vae, generate, labels, seed=0, batch=None, name=None, scales=False):
     """Draws an image for each label (N,), in batches that the processes share.
 
-    Every batch has a seed of its own, so that the images are the same for any number of processes.
-    Returns in the first process uint8 (N, H, W, 3), where the image of label i is at places[i], and
-    with --scales (N, K, H, W, 3), the image after each scale, else None. In the others both are
-    None.
+    generate(labels, seed=...) returns K token maps (B, l): VAR.generate with all else given. batch:
+    images per pass; name: of the precision. Every batch has a seed of its own, so that the images
+    are the same for any number of processes.
+    Yields in the first process, batch by batch, the first index and uint8 (B, S, H, W, 3), where S
+    is 1, or with scales K: the image after each scale. In the others nothing.
     """
-    (rank, world), began = rank_and_world(), time.time()
-    batches = labels.split(args.batch)
-    images = growing = None
+    (rank, world), began = rank_and_world(), time.monotonic()
+    device = vae.quantize.embedding.weight.device
+    batch = batch or batch_size(vae.image_size)
+    batches = labels.split(batch)
     for first in range(0, len(batches), world):                 # a batch for each process
-        index, part = first + rank, None
+        index, frames = first + rank, None
         if index < len(batches):
-            with precision(var.pos_start.device, args.precision):
-                drawn, tokens = var.generate(vae, batches[index], return_tokens=True,
-                                             seed=batch_seed(args.seed, index), **options)
-                part = [to_uint8(drawn), None]                              # (B, H, W, 3)
-                if args.scales:
-                    scales = [to_uint8(x / 2 + 0.5) for x in vae.decode_scales(tokens)]
-                    part[1] = np.stack(scales, axis=1)                      # (B, K, H, W, 3)
-        for i, part in enumerate(filter(None, gather(part) or [])):
-            start = (first + i) * args.batch
-            # Copied batch by batch: 50,000 images of 256 px take 10 GB.
-            if images is None:
-                images = np.empty((len(labels), *part[0].shape[1:]), np.uint8)
-                if args.scales:
-                    growing = np.empty((len(labels), *part[1].shape[1:]), np.uint8)
-            at = places[start:start + args.batch]
-            images[at] = part[0]
-            if args.scales:
-                growing[at] = part[1]
+            with precision(device, name):
+                maps = generate(labels=batches[index].to(device), seed=seed_of(seed, index))
+                images = vae.decode_scales(maps) if scales else [vae.decode(maps)]
+                frames = np.stack([to_uint8(x) for x in images], axis=1)    # (B, S, H, W, 3)
+        for i, part in enumerate(gather(frames) or []):
+            if part is not None:
+                yield (first + i) * batch, part
         done = min(first + world, len(batches))
-        left = (time.time() - began) / done * (len(batches) - done)
+        left = (time.monotonic() - began) / done * (len(batches) - done)
         tell(f'\r{done} of {len(batches)} batches, {left:.0f} s left ', end='')
     tell('')
-    return images, growing
+
+
+def collect(parts, n):
+    """What draw_all() yields for n labels, in one array: uint8 (n, S, H, W, 3). None in all
+    processes but the first."""
+    frames = None
+    for start, part in parts:
+        if frames is None:
+            frames = np.empty((n, *part.shape[1:]), np.uint8)   # 50,000 of 256 px take 10 GB
+        frames[start:start + len(part)] = part
+    return frames
+
+
+def shuffled(labels, seed):
+    """Labels (N,) in random order, for a file for the evaluators of FID.
+
+    They take the inception score of consecutive blocks: images that are sorted by class would get
+    a far lower one.
+    """
+    return labels[torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))]
+
+
+def write_npz(path, images, labels):
+    """Writes images uint8 (N, H, W, 3) and their labels (N,) for those evaluators."""
+    arrays = {'arr_0': images, 'arr_1': labels.numpy()}
+    write_file(path, lambda f: np.savez(f, **arrays))
+
+
+def sheet(images, columns):
+    """Images uint8 (N, H, W, 3) in rows of so many columns."""
+    return make_grid(np.split(images, range(columns, len(images), columns)))
 
 
 def main():
@@ -149,40 +157,36 @@ def main():
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var = vae.to(device), cast_linear_weights(var, device, args.precision)
-    args.batch = args.batch or batch_size(vae.image_size)
     options = dict(ckpt['sampling'])
     for name in ('cfg', 'top_k', 'top_p'):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
-    classes = range(min(10, var.num_classes))
-    if args.cls:
-        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
-                             ckpt.get('words', []))
-    labels = torch.tensor(list(classes)).repeat_interleave(args.n)          # (N,)
-    columns = args.n if len(classes) > 1 else 8
+    labels = labels_of(args, ckpt, var, range(min(10, var.num_classes)))    # (N,)
+    columns = args.n if len(labels) > args.n else 8             # one class: rows of eight
     is_gif = args.scales and args.scales.suffix.lower() == '.gif'
     # Sizes that a file cannot have fail now, not after drawing.
-    side = (vae.image_size + 2) * max(columns, -(-len(labels) // columns))
-    if not args.npz:
+    side = (vae.image_size + 2) * max(columns, math.ceil(len(labels) / columns))
+    if args.npz:
+        labels = shuffled(labels, args.seed)
+    else:
         image_format(args.out, side)
     if args.scales:
         image_format(args.scales, side if is_gif else (vae.image_size + 2) * len(labels))
-    places = shuffled(len(labels), args.seed) if args.npz else np.arange(len(labels))
-    images, growing = draw_all(vae, var, labels, places, args, options)
+    generate = partial(var.generate, vae, **options)
+    frames = collect(draw_all(vae, generate, labels, args.seed, args.batch, args.precision,
+                              bool(args.scales)), len(labels))
     if rank_and_world()[0] > 0:
         return
-    written = args.npz or args.out
+    images, written = frames[:, -1], args.npz or args.out                   # (N, H, W, 3)
     if args.npz:
-        in_places = torch.empty_like(labels)
-        in_places[places] = labels
-        write_npz(args.npz, images, in_places)
+        write_npz(args.npz, images, labels)
     else:
         save_image(args.out, [sheet(images, columns)])
     if args.scales:
-        frames = [make_grid(growing)]                           # a row per image
+        pictures = [make_grid(frames)]                          # a row per image
         if is_gif:                                              # a frame per scale
-            frames = [sheet(growing[:, k], columns) for k in range(len(vae.patch_nums))]
-        save_image(args.scales, frames)
+            pictures = [sheet(frames[:, k], columns) for k in range(frames.shape[1])]
+        save_image(args.scales, pictures)
         written = f'{written} and {args.scales}'
     tell(f'drew {len(images)} images; wrote {written}')
 

@@ -1,6 +1,6 @@
 """Tests of the method: python -m pytest -q. Seeded, on the CPU, without a network.
 
-The oracles: the official implementation's own numbers (assets/golden_*), the paper's algorithms
+The oracles: the official implementation's own numbers (assets/*.json), the paper's algorithms
 written out a second time, brute force, and runs of train.py that are killed, resumed and shared.
 What is not the paper's is tested in support/test_support.py.
 """
@@ -25,18 +25,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenizer
 import train
 from support.data import ImageSet
+from support.grade import grade_transformer
 from support.losses import AdversarialLoss, PerceptualLoss
+from support.options import make_config
 from support.run import run
-from tokenizer import VQVAE
+from tokenizer import VQVAE, Quantizer
 from var import VAR, block_causal_mask, draw, filter_logits
 
 HERE = Path(__file__).resolve().parent
-GOLDEN = sorted({*HERE.glob('assets/golden_*.json'), *HERE.glob('../shared/golden/*.json')})
+GOLDEN = sorted(HERE.glob('assets/golden_*.json'))
 CPU = torch.device('cpu')
 # A deprecated call in this project's own lines is an error.
 pytestmark = [pytest.mark.filterwarnings(f'error::{kind}:{module}')
@@ -50,10 +51,15 @@ def seed():
     torch.manual_seed(0)
 
 
+def from_name(name, p):
+    """Random numbers that follow from the name and the shape of a parameter."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(p.shape))
+
+
 def refill(model, salt=''):
     """Weights that follow from names and shapes alone, as those behind the golden numbers."""
     for name, p in model.named_parameters():
-        a = np.random.RandomState(zlib.crc32((salt + name).encode())).standard_normal(tuple(p.shape))
+        a = from_name(salt + name, p)
         if name.endswith('.weight') and 'emb' not in name:
             a = a / math.sqrt(np.prod(p.shape[1:])) if a.ndim > 1 else 1 + 0.2 * a
         else:
@@ -79,7 +85,7 @@ def areas(patch_nums):
 def test_golden(path):
     case, want = json.loads(path.read_text()), np.load(path.with_suffix('.npz'))
     sides, V, z = case['patch_nums'], case['vocab_size'], case['z_channels']
-    vae = VQVAE(sides, V, z, case['ch'], share_quant_resi=case['share_quant_resi'])
+    vae = VQVAE(sides, V, z, case['ch'], phi_count=case['share_quant_resi'])
     var = VAR(sides, case['depth'], case['num_classes'], V, z, case['shared_aln'])
     for model, keys in ((vae, 'vae_keys'), (var, 'var_keys')):
         assert {k: list(v.shape) for k, v in model.state_dict().items()} == case[keys]
@@ -89,8 +95,15 @@ def test_golden(path):
         x = x[..., ::4, ::4] if x.ndim == 4 else x
         np.testing.assert_allclose(x.numpy(), want[name], atol=2e-4, err_msg=name)
 
-    def equal(name, tokens):
-        np.testing.assert_array_equal(torch.cat(tokens, 1).numpy(), want[name], name)
+    def equal(name, maps):
+        np.testing.assert_array_equal(torch.cat(maps, 1).numpy(), want[name], name)
+
+    def compare(name, labels, **options):
+        """Tokens, where the case has them, and images, which the release has in [0, 1]."""
+        drawn = var.generate(vae, labels, **options)
+        if f'{name}_tokens' in want:
+            equal(f'{name}_tokens', drawn)
+        close(f'{name}_image', vae.decode(drawn) / 2 + 0.5)
 
     small = np.random.RandomState(case['image_seed']).uniform(-1, 1, (case['batch'], 3, 8, 8))
     images = F.interpolate(torch.from_numpy(small.astype('float32')), mode='bilinear',
@@ -101,27 +114,75 @@ def test_golden(path):
     close('reconstruction', vae.decode(tokens))
     close('var_input', vae.var_input(tokens))
     close('logits', var(labels, torch.from_numpy(want['var_input']))[0])
-    draw = partial(var.generate, vae, return_tokens=True)
-    images, drawn = draw(labels, cfg=1.5, top_k=1, top_p=0)
-    close('greedy_image', images)
-    equal('greedy_tokens', drawn)
+    compare('greedy', labels, cfg=1.5, top_k=1, top_p=0)
     probe = torch.empty(8).exponential_(generator=torch.Generator().manual_seed(7)).numpy()
     if not np.allclose(probe, want['rng_probe']):
         pytest.skip('this torch draws other random numbers: the seeded cases were not compared')
-    images, drawn = draw(labels, cfg=0, top_k=0, top_p=0, seed=7)
-    close('plain_image', images)
-    equal('plain_tokens', drawn)
-    images, drawn = draw(labels, cfg=1.5, top_k=40, top_p=0.9, seed=7)
-    close('sample_image', images)
-    equal('sample_tokens', drawn)
-    draw = partial(var.generate, vae, cfg=3, top_k=40, top_p=0.95, seed=7)
+    compare('plain', labels, cfg=0, top_k=0, top_p=0, seed=7)
+    compare('sample', labels, cfg=1.5, top_k=40, top_p=0.9, seed=7)
+    edit = partial(compare, cfg=3, top_k=40, top_p=0.95, seed=7, given=tokens)
     keep = torch.ones(sides[-1], sides[-1], dtype=torch.bool)
     inside = slice(round(.25 * sides[-1]), round(.75 * sides[-1]))
     keep[inside, inside] = False
     nobody = torch.full_like(labels, case['num_classes'])
-    close('inpaint_image', draw(nobody, given=tokens, keep=keep))
-    close('outpaint_image', draw(nobody, given=tokens, keep=~keep))
-    close('edit_image', draw(labels, given=tokens, keep=keep))
+    edit('inpaint', nobody, keep=keep)
+    edit('outpaint', nobody, keep=~keep)
+    edit('edit', labels, keep=keep)
+
+
+def test_how_the_released_tokenizer_learns():
+    """Loss and gradients of the published VQVAE.forward."""
+    case = json.loads((HERE / 'assets' / 'stage1.json').read_text())
+    vae = VQVAE(case['patch_nums'], case['vocab_size'], case['z_channels'], case['ch'])
+    refill(vae)
+    shape = case['batch'], 3, case['image_size'], case['image_size']
+    images = np.random.RandomState(case['image_seed']).uniform(-1, 1, shape).astype('float32')
+    images = torch.from_numpy(images)
+    rebuilt, loss = vae(images)
+    (F.mse_loss(rebuilt, images) + loss).backward()
+    assert loss.item() == pytest.approx(case['quantizer_loss'], rel=1e-5)
+    assert rebuilt.mean().item() == pytest.approx(case['reconstruction_mean'], abs=1e-5)
+    assert rebuilt.square().mean().item() == pytest.approx(case['reconstruction_mean_square'], rel=1e-4)
+    weights = dict(vae.named_parameters())
+    for name, norm in case['gradient_norms'].items():
+        assert weights[name].grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize('kind', ['own', 'shared'])
+def test_how_the_released_transformer_learns(kind):
+    """Twenty steps of the official training, with this optimizer and this clipping."""
+    course = json.loads((HERE / 'assets' / 'course.json').read_text())
+    case, classes, V, z = (course['cases'][kind], course['num_classes'], course['vocab_size'],
+                           course['z_channels'])
+    var = VAR(course['patch_nums'], course['depth'], classes, V, z, kind == 'shared')
+    for name, p in var.named_parameters():
+        p.data.copy_(torch.from_numpy(from_name(name, p).astype('float32') * 0.05))
+    var.lr = course['lr']                       # what make_optimizer reads of a stage
+    optimizer, rng = train.make_optimizer(var), np.random.RandomState(5)
+    names = {p: name for name, p in var.named_parameters()}
+    assert sorted(names[p] for p in optimizer.param_groups[0]['params']) == sorted(case['decayed'])
+    B, L, losses, norms = course['batch'], len(var.mask), [], []
+    for _ in range(course['steps']):
+        labels = torch.from_numpy(rng.randint(0, classes, B))
+        x = torch.from_numpy(rng.standard_normal((B, L - 1, z)).astype('float32'))
+        targets = torch.from_numpy(rng.randint(0, V, (B, L)))
+        optimizer.zero_grad()
+        _, loss = var.eval()(labels, x, targets)        # without label dropout, without drop path
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(var.parameters(), course['clip']).item())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(case['losses'], rel=1e-5)
+    assert norms == pytest.approx(case['norms'], rel=1e-4)
+    for name, p in var.named_parameters():
+        assert p.sum().item() == pytest.approx(case['sums'][name], rel=1e-3, abs=2e-3), name
+        assert p.square().sum().item() == pytest.approx(case['squares'][name], rel=1e-4, abs=1e-6)
+
+
+def test_learning_rate_is_the_released_one():
+    case = json.loads((HERE / 'assets' / 'course.json').read_text())['learning_rate']
+    found = [train.learning_rate(step, case['steps']) for step in case['at']]
+    assert found == pytest.approx(case['share_of_peak'], rel=1e-6)
 
 
 # ---- The tokenizer ----
@@ -141,9 +202,8 @@ def test_shapes_of_every_output(sides, ch_mult):
     logits, loss = var(torch.tensor([0, 5]), x)
     assert logits.shape == (2, L, 64) and loss is None
     assert vae.decode(tokens).shape == images.shape
-    drawn, maps = var.generate(vae, torch.tensor([0, 5]), seed=1, return_tokens=True)
-    assert drawn.shape == images.shape and 0 <= drawn.min() and drawn.max() <= 1
-    assert [t.shape for t in maps] == [t.shape for t in tokens]
+    drawn = var.generate(vae, torch.tensor([0, 5]), seed=1)
+    assert [t.shape for t in drawn] == [t.shape for t in tokens]
     rebuilt, loss = vae(images)
     assert rebuilt.shape == images.shape and loss.ndim == 0
 
@@ -186,11 +246,27 @@ def test_which_phi_serves_which_scale(K, count):
     assert tokenizer.choose_phi(10, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]    # as the comment has it
 
 
+def test_the_example_of_the_quantizer():
+    """The numbers in its docstring; and what is wrong if wide_k is subtracted in phi's place."""
+    q = Quantizer((1, 2), 4, 1, 1)
+    q.embedding.weight.data = torch.tensor([[-2.], [0.], [1.], [3.]])
+    f = torch.tensor([[1.2, 3.1], [3.7, 4.0]])[None, None]
+    (one, shrunk, first), (two, residual, last) = q.algorithm1(f)
+    assert shrunk.item() == pytest.approx(3) and one.item() == 3 and (first == 3).all()
+    torch.testing.assert_close(residual[0, :, 0], torch.tensor([-1.8, 0.1, 0.7, 1.0]))
+    assert two.tolist() == [[0, 1, 2, 2]] and last.flatten().tolist() == [1, 3, 4, 4]
+    q.phi(0).weight.data *= 2 * (2.8 / 3) - 1                   # phi makes 2.8 of 3
+    (_, _, first), (_, residual, _) = q.algorithm1(f)
+    torch.testing.assert_close(first, torch.full_like(first, 2.8))
+    torch.testing.assert_close(residual[0, :, 0], f.flatten() - 2.8)
+
+
 def test_every_weight_learns_and_dead_codes_revive():
     vae, images = VQVAE((1, 2, 4), 32, 8, 32, (1, 2)), torch.rand(16, 3, 8, 8) * 2 - 1
     for name, p in vae.named_parameters():      # branches that start at 0 would hide other weights
         if name.endswith(('conv2.weight', 'proj_out.weight')):
             torch.nn.init.normal_(p, std=0.1)
+    torch.nn.init.normal_(vae.quantize.embedding.weight)
     rebuilt, loss = vae.eval()(images)
     (F.mse_loss(rebuilt, images) + loss).backward()
     still = [name for name, p in vae.named_parameters() if p.requires_grad and (
@@ -198,9 +274,8 @@ def test_every_weight_learns_and_dead_codes_revive():
     # Three scales use three of the four phi. Biases before a normalisation can have no effect.
     idle = f'qresi_ls.{min({*range(4)} - {*vae.quantize.phi_index})}'
     assert all(name.endswith('.bias') or idle in name for name in still), still
-    vae.quantize.embedding.weight.zero_()
-    assert not torch.cat(vae.encode(images), dim=1).any()       # all codes alike: total collapse
-    vae.train()
+    vae = VQVAE((1, 2, 4), 32, 8, 32, (1, 2)).train()
+    assert not torch.cat(vae.encode(images), dim=1).any()       # a new one: all codes are zero
     for _ in range(20):
         vae(images)
     assert torch.cat(vae.encode(images), dim=1).unique().numel() >= 24
@@ -214,7 +289,8 @@ def test_codes_are_means_of_their_vectors():
     for v in range(4):
         torch.testing.assert_close(q.embedding.weight[v], vectors[tokens == v].mean(0))
     before, hits = q.embedding.weight.clone(), q.ema_vocab_hit_SV.clone()
-    assert hits[0].tolist() == [(tokens[:, 0] == v).sum() for v in range(4)]
+    counts = tokens[:, 0].bincount(minlength=4)
+    torch.testing.assert_close(hits[0] * 45, counts.float())    # shares of all 45 tokens
     q.decay = 0.5
     q.update(tokens, vectors + 1)                               # halfway from the old to the new
     torch.testing.assert_close(q.embedding.weight, before + 0.5)
@@ -223,6 +299,22 @@ def test_codes_are_means_of_their_vectors():
     vectors[3, 2, 1] = math.nan                                 # a batch that is not finite
     q.update((tokens + 1) % 4, vectors)
     assert torch.equal(q.embedding.weight, before) and torch.equal(q.ema_vocab_hit_SV, hits)
+
+
+def test_usage_does_not_depend_on_the_batch_or_its_unit():
+    """A trained codebook goes on with a batch 64 times as large, and from files with the release's
+    counts, without counts, and with another number of scales: no code restarts."""
+    vae = VQVAE((1, 2, 4), 32, 8, 32, (1, 2)).train()
+    for _ in range(60):
+        vae(torch.rand(4, 3, 8, 8) * 2 - 1)
+    weights, images, hits = vae.state_dict(), torch.rand(256, 3, 8, 8) * 2 - 1, 'quantize.ema_vocab_hit_SV'
+    for n in (weights[hits], weights[hits] * 1e5, weights[hits] * 0, weights[hits][:2]):
+        again = VQVAE.from_state_dict({**weights, hits: n}, (1, 2, 4)).train()
+        before = again.quantize.embedding.weight.clone()
+        again(images)
+        # An EMA moves by a fiftieth; a restarted code becomes another vector.
+        moved = (again.quantize.embedding.weight - before).norm(dim=1)
+        assert 0 < moved.max() < 0.2 * before.norm(dim=1).mean()
 
 
 def test_dead_codes_come_from_each_scale_alike():
@@ -310,14 +402,13 @@ def test_attention_written_out_is_the_fused_one():
 def test_cached_generation_and_guidance_against_the_full_forward(options, cfg):
     vae, var = models(**options)
     labels = torch.tensor([3, 1, 4])
-    images, tokens = var.generate(vae, labels, cfg=cfg, top_k=1, return_tokens=True)
+    tokens = var.generate(vae, labels, cfg=cfg, top_k=1)
     x = vae.var_input(tokens)
     wanted, free = var(labels, x)[0], var(torch.full_like(labels, 5), x)[0]
     sizes = areas(var.patch_nums)
     for k, (c, u) in enumerate(zip(wanted.split(sizes, dim=1), free.split(sizes, dim=1))):
         t = cfg * k / 3
         assert torch.equal(((1 + t) * c - t * u).argmax(-1), tokens[k])
-    torch.testing.assert_close(images, vae.decode(tokens) / 2 + 0.5)
     assert len({str(row) for row in tokens[2].tolist()}) > 1    # the class has a say
 
 
@@ -333,6 +424,14 @@ def test_top_k_and_top_p_against_brute_force():
                 kept = kept[:enough[0] if enough else len(kept)]
             assert got.isfinite().nonzero().flatten().tolist() == sorted(kept.tolist())
             assert torch.equal(got[kept], row[kept])
+    tied = torch.zeros(1, 1, 20)                                # as logits of bfloat16 can be
+    for k in (1, 3):
+        assert filter_logits(tied, k).isfinite().sum() == k
+    vae, var = models()
+    torch.nn.init.zeros_(var.head.weight)
+    torch.nn.init.zeros_(var.head.bias)
+    draws = [torch.cat(var.generate(vae, [0, 1], top_k=1, seed=seed), 1) for seed in (0, 1)]
+    assert torch.equal(*draws)                                  # greedy, whatever the seed
 
 
 @pytest.mark.parametrize('shared', [False, True])
@@ -417,7 +516,7 @@ def test_loss_and_compiled_blocks():
 def test_loss_and_error_of_each_scale():
     vae, var = models()
     tokens, labels = torch.randint(64, (30, 30)), torch.arange(30) % 5      # parts of 25 and 5
-    figures, sizes = train.grade_transformer(vae, var, tokens, labels, CPU), areas(var.patch_nums)
+    figures, sizes = grade_transformer(vae, var, tokens, labels, CPU), areas(var.patch_nums)
     logits, _ = var(labels, vae.var_input(tokens.split(sizes, dim=1)))
     nats = -logits.double().log_softmax(-1).gather(2, tokens[..., None])[..., 0]    # (30, 30)
     wrong = (logits.argmax(-1) != tokens).double()
@@ -444,7 +543,7 @@ def test_editing_keeps_what_it_is_told_to_keep():
     keep = torch.zeros(8, 8)
     keep[:, :4] = 1
     draw = partial(var.generate, vae, torch.tensor([5, 5]), given=given, keep=keep)
-    runs = [draw(seed=seed, return_tokens=True)[1] for seed in range(4)]
+    runs = [draw(seed=seed) for seed in range(4)]
     for k, p in enumerate((1, 2, 4, 8)):
         left = torch.arange(p * p).view(p, p)[:, :max(p // 2, 1)].flatten()
         assert all(torch.equal(run_[k][:, left], given[k][:, left]) for run_ in runs)
@@ -511,8 +610,8 @@ def test_equation_5_adds_up(tmp_path):
     want = (rebuilt - x).square().mean() + 0.2 * (rebuilt - x).abs().mean() + quantizer
     want = want.item() + 3 * (rebuilt - x).abs().max().item()
     found = []
-    for stage.step in range(8):
-        found.append(stage(images)[0].item())
+    for step in range(8):
+        found.append(stage(step, images)[0].item())
     assert found == pytest.approx([want] * 4 + [want + 7] * 4, rel=1e-4)
 
 
@@ -529,24 +628,6 @@ def test_what_the_optimizer_decays(tmp_path):
     assert adam.defaults['betas'] == (0.9, 0.95)
 
 
-def test_learning_rate():
-    """Warm-up over 2 % of the run, the peak until 5 %, then a line down to 0.01."""
-    found = [train.learning_rate(progress) for progress in (0, 0.01, 0.02, 0.05, 0.525, 1)]
-    assert found == pytest.approx([0.005, 0.5025, 1, 1, 0.505, 0.01])
-
-
-def test_gradients_are_clipped(tmp_path):
-    stage = small_stage('transformer', tmp_path, batch=16)
-    forward = stage.forward
-    stage.forward = lambda *batch: (1e4 * forward(*batch)[0], {})
-    optimizer = train.make_optimizer(stage)
-    figures = train.train_step(stage, optimizer, OFF, zero_batch('transformer'))
-    weights = [p for group in optimizer.param_groups for p in group['params']]
-    norms = [p.grad.norm() for p in weights if p.grad is not None]
-    assert figures['gradient norm'] > 10
-    assert torch.stack(norms).norm().item() == pytest.approx(2, rel=1e-3)
-
-
 OFF = torch.amp.GradScaler('cpu', enabled=False)        # as train_stage has it, but in float16
 
 
@@ -554,7 +635,7 @@ def small_stage(name, tmp_path, **options):
     """A stage on 16 random images with a tiny network, in float32 and without dropout."""
     given = dict(data='cifar10', out=tmp_path, workers=0, precision='float32', ch=8, vocab_size=99,
                  patch_nums=(1, 2, 3, 4, 6, 8), device=CPU, **options)
-    config = train.make_config(given, {})
+    config = make_config(given)
     torch.manual_seed(0)
     vae = VQVAE(config.patch_nums, config.vocab_size, ch=config.ch, **config.network)
     images = ImageSet(np.zeros((16, 32, 32, 3), np.uint8), np.arange(16) % 4, 32)
@@ -580,19 +661,19 @@ def gradients_of_a_step(tmp_path, n, fits=99, dropout=0.):
     rng = torch.Generator().manual_seed(0)
     batch = [torch.randint(90, (8, 130), generator=rng), torch.arange(8) % 4]
     stage = small_stage('transformer', tmp_path, batch=8, micro_batch=n)
-    stage.lr, stage.var.label_dropout, forward, passes = 0., dropout, stage.forward, []
+    stage.var.label_dropout, forward, passes = dropout, stage.forward, []
 
-    def limited(tokens, labels):
+    def limited(step, tokens, labels):
         passes.append(len(labels))
-        result = forward(tokens, labels)
+        result = forward(step, tokens, labels)
         if len(labels) > fits and passes.count(4) != 1:
             raise torch.OutOfMemoryError('CUDA out of memory')
         return result
 
     stage.forward = limited
-    figures = train.train_step(stage, train.make_optimizer(stage), OFF, batch)
-    gradients = {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
-    return {**gradients, 'loss': figures['loss']}
+    figures = train.gradients(stage, 0, batch, OFF)
+    found = {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+    return {**found, 'loss': figures['loss']}
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path):
@@ -613,30 +694,81 @@ def test_micro_batches_are_halved_until_they_fit(tmp_path, capsys):
         gradients_of_a_step(tmp_path, 8, fits=0)
     stage, passes = small_stage('tokenizer', tmp_path), []      # needs the whole batch
 
-    def fail(images):
+    def fail(step, images):
         passes.append(len(images))
         raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED')
 
     stage.forward = fail
     with pytest.raises(RuntimeError):
-        train.train_step(stage, train.make_optimizer(stage), OFF, zero_batch('tokenizer'))
+        train.gradients(stage, 0, zero_batch('tokenizer'), OFF)
     assert passes == [16]
 
 
-def test_the_seed_and_the_learning_rate_of_a_step(tmp_path, monkeypatch):
-    """Randomness depends on seed, stage, step and rank alone; the learning rate on the step."""
-    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda tensor: None)
+def test_the_seed_of_a_step(tmp_path, monkeypatch):
+    """Randomness depends on seed, stage, step and rank alone."""
     seeds = []
     for seed, name, step, rank in ((0, 'tokenizer', 1, 0), (0, 'tokenizer', 2, 0), (0, 'tokenizer', 1, 1),
                                    (0, 'transformer', 1, 0), (5, 'tokenizer', 1, 0), (0, 'tokenizer', 1, 0)):
-        stage, seen = small_stage(name, tmp_path, seed=seed, steps=8, tokenizer_steps=8), []
-        stage.register_forward_pre_hook(lambda *args: seen.append(torch.initial_seed()))
+        stage = small_stage(name, tmp_path, seed=seed, steps=8, tokenizer_steps=8)
+        stage.register_forward_pre_hook(lambda *args: seeds.append(torch.initial_seed()))
         monkeypatch.setattr(train, 'rank_and_world', lambda: (rank, 2))
-        optimizer, stage.step = train.make_optimizer(stage), step
-        train.train_step(stage, optimizer, OFF, zero_batch(name))
-        assert optimizer.param_groups[0]['lr'] == stage.lr * train.learning_rate(step / 8)
-        seeds += seen
+        train.gradients(stage, step, zero_batch(name), OFF)
     assert len({*seeds}) == 5 and seeds[0] == seeds[-1]
+
+
+def run_stage(name, tmp_path, monkeypatch, steps=4, **options):
+    """A stage after train_stage() on zeros, and what each step's optimizer saw: learning rates and
+    norms of the gradients."""
+    stage = small_stage(name, tmp_path, steps=steps, tokenizer_steps=steps, **options)
+    stage.batches = lambda start: (zero_batch(name) for _ in range(start, steps))
+    stage.evaluate, seen = lambda step: {}, []
+    make = train.make_optimizer
+
+    def recorded(stage):
+        optimizer = make(stage)
+
+        def note(optimizer, *args):
+            weights = [p for group in optimizer.param_groups for p in group['params']]
+            norms = [p.grad.norm() for p in weights if p.grad is not None]
+            seen.append((optimizer.param_groups[0]['lr'], torch.stack(norms).norm().item()))
+
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    monkeypatch.setattr(train, 'make_optimizer', recorded)
+    train.train_stage(stage, dict(step=0, optimizer=None))
+    monkeypatch.setattr(train, 'make_optimizer', make)
+    return stage, seen
+
+
+def test_learning_rate_and_clipping_of_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.TransformerStage, 'forward', lambda stage, step, *batch: (
+        1e4 * stage.var(batch[1], stage.vae.var_input(batch[0].split([1, 4, 9, 16, 36, 64], 1)),
+                        batch[0])[1], {}))
+    stage, seen = run_stage('transformer', tmp_path, monkeypatch, batch=16)
+    assert [lr for lr, _ in seen] == [stage.lr * train.learning_rate(i, 4) for i in range(4)]
+    assert [norm for _, norm in seen] == pytest.approx([2] * 4, rel=1e-3)
+
+
+def test_saving_takes_two_percent_of_the_time(tmp_path, monkeypatch):
+    """A step takes a second, and ckpt.pt ten: it is written every 500 seconds, not every minute."""
+    clock, saved = [0.], []
+
+    def keep(state, step, *rest):
+        clock[0] += 10
+        saved.append(step)
+
+    monkeypatch.setattr(train.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setattr(train, 'keep', keep)
+    forward = train.TokenizerStage.forward
+
+    def slow(stage, step, images):
+        clock[0] += 1
+        return stage.vae.quant_conv.weight.sum(), {}
+
+    monkeypatch.setattr(train.TokenizerStage, 'forward', slow)
+    run_stage('tokenizer', tmp_path, monkeypatch, steps=1200, adversarial=0.)
+    assert saved == [61, 562, 1063, 1200] and forward
 
 
 def test_rows_of_stored_tokens(tmp_path):
@@ -649,49 +781,28 @@ def test_rows_of_stored_tokens(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['tokenizer', 'transformer'])
-def test_a_step_never_waits_for_the_device(name, tmp_path):
-    """On fake tensors, whose values cannot be read: a step that reads one, as .item(), a boolean
-    index or nonzero() do, would wait for a GPU, and fails here."""
-    stage = small_stage(name, tmp_path, adversarial=0.5, tokenizer_steps=4)
-    with FakeTensorMode():
-        for module in stage.modules():
-            for tensors in (module._parameters, module._buffers):
-                for n, p in tensors.items():
-                    if p is not None:
-                        fake = torch.empty(p.shape, dtype=p.dtype)
-                        parameter = isinstance(p, torch.nn.Parameter)
-                        tensors[n] = torch.nn.Parameter(fake, p.requires_grad) if parameter else fake
-        batch, optimizer = zero_batch(name), train.make_optimizer(stage)
-        for stage.step in range(4):             # without and with discriminator
-            figures = train.train_step(stage, optimizer, OFF, batch)
-        with pytest.raises(Exception, match='item|data-dependent|DataDependent|_local_scalar'):
-            figures['loss'].item()
-        if name == 'transformer':
-            labels = torch.zeros(2, dtype=torch.int64)
-            stage.var.eval().generate(stage.vae, labels, top_k=9, top_p=0.9)
-
-
-@pytest.mark.parametrize('name', ['tokenizer', 'transformer'])
-def test_no_tensor_is_left_on_the_cpu(name, tmp_path, monkeypatch):
-    """A step and a generation on the meta device, which like a GPU does not mix with the CPU."""
+def test_a_step_on_a_device_neither_mixes_nor_waits(name, tmp_path, monkeypatch):
+    """On the meta device, which like a GPU does not mix with the CPU, and whose values cannot be
+    read: .item(), a boolean index or nonzero(), which would wait for a GPU, fail here."""
     monkeypatch.setattr(torch, 'autocast', lambda *args, **options: contextlib.nullcontext())
-    stage = small_stage(name, tmp_path, adversarial=0.5, tokenizer_steps=4)
-    stage.config.device = torch.device('meta')
-    stage.to('meta')
+    stage = small_stage(name, tmp_path, adversarial=0.5, tokenizer_steps=4).to('meta')
 
     def on_meta(module, inputs):                # nn.Embedding would take indices on the CPU
         assert all(x.device.type == 'meta' for x in inputs if torch.is_tensor(x)), module
 
     for module in stage.modules():
         module.register_forward_pre_hook(on_meta)
+    stage.config.device = torch.device('meta')
     optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad])
-    for stage.step in range(4):
-        figures = train.train_step(stage, optimizer, OFF, zero_batch(name))
-    assert figures['loss'].device.type == 'meta'
-    images = torch.zeros(2, 3, 32, 32, device='meta')
+    for step in range(4):                       # without and with discriminator
+        figures = train.gradients(stage, step, [x.to('meta') for x in zero_batch(name)], OFF)
+        optimizer.step()
+    with pytest.raises(RuntimeError, match='meta'):
+        figures['loss'].item()
+    maps = stage.vae.encode(torch.zeros(2, 3, 32, 32, device='meta'))
     if name == 'transformer':
-        images = stage.var.eval().generate(stage.vae, [0, 1])
-    assert stage.vae.decode(stage.vae.encode(images)).device.type == 'meta'
+        maps = stage.var.eval().generate(stage.vae, torch.zeros(2, dtype=torch.int64), top_k=9, top_p=.9)
+    assert stage.vae.decode(maps).device.type == 'meta'
 
 
 # ---- Runs ----
@@ -737,7 +848,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def launch(folder, module, *words, torchrun=(), extra=''):
+def launch(folder, module, *words, torchrun=(), extra='', stderr=None):
     """Starts a command in a process of its own, in float32 on one thread, or by torchrun."""
     script = folder / f'{module}_{len(list(folder.iterdir()))}.py'
     script.write_text(f'import sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, sample, tokenizer, '
@@ -747,7 +858,7 @@ def launch(folder, module, *words, torchrun=(), extra=''):
         torchrun = ['-m', 'torch.distributed.run', *torchrun, '--']
     return subprocess.Popen([sys.executable, *torchrun, script, *map(str, words), '--device', 'cpu',
                              '--precision', 'float32'], cwd=folder, stdout=subprocess.DEVNULL,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                            stderr=open(stderr, 'w') if stderr else None, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 def same_weights(a, b):
@@ -795,7 +906,7 @@ def test_a_killed_run_ends_with_the_same_bits(trained, tmp_path):
     whole = launch(tmp_path, 'train', *words, '--out', 'whole')
     ckpt, deadline = tmp_path / 'killed' / 'ckpt.pt', time.time() + 60
     for kill_in in ('tokenizer', 'transformer'):
-        always = 'train.SAVE_EVERY = -1'                        # it saves after every step
+        always = 'train.SAVE_EVERY = -1; train.SAVING = float("inf")'    # it saves after every step
         run_ = launch(tmp_path, 'train', *words, '--out', 'killed', extra=always)
         state = {'stage': ''}
         # In stage 1 after L_G has started.
@@ -818,8 +929,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch, 
     """The last good ckpt.pt stays, and a gradient that is not finite counts, too."""
     calls, forward = [], train.TokenizerStage.forward
 
-    def poisoned(stage, images):
-        loss, figures = forward(stage, images)
+    def poisoned(stage, step, images):
+        loss, figures = forward(stage, step, images)
         calls.append(loss)
         if len(calls) == 3:
             loss = loss + (loss - loss.detach()).sqrt()         # finite, but not its gradient
@@ -827,6 +938,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(train.TokenizerStage, 'forward', poisoned)
     monkeypatch.setattr(train, 'SAVE_EVERY', -1)
+    monkeypatch.setattr(train, 'SAVING', math.inf)
     words = ['--data', trained / 'images', *TINY, '--tokenizer-steps', 100, '--out', tmp_path]
     assert command(train, *words, monkeypatch=monkeypatch, folder=tmp_path) == 2
     assert 'no longer finite' in capsys.readouterr().err
@@ -852,13 +964,10 @@ def test_float16(trained, tmp_path, monkeypatch, capsys):
     forward, calls = train.TransformerStage.forward, []
 
     def poisoned(stage, *batch):
-        if len(calls) == 1:
-            before.update({name: p.clone() for name, p in stage.var.named_parameters()})
         calls.append(0)
         loss, figures = forward(stage, *batch)
         return loss * math.inf, figures
 
-    before = {}
     monkeypatch.setattr(train.TransformerStage, 'forward', poisoned)
     assert go('--resume', '--steps', 100) == 2
     assert 'no longer finite' in capsys.readouterr().err
@@ -866,16 +975,58 @@ def test_float16(trained, tmp_path, monkeypatch, capsys):
 
 
 def test_fine_tuning(trained, tmp_path, monkeypatch, capsys):
-    """--init starts from weights: with other classes, only the class embeddings are new."""
-    write_images(tmp_path / 'other', 3, ('x', 'y', 'z'))
+    """Each row of the table of make_models: which weights of --init a run starts from."""
+    write_images(tmp_path / 'other', 3, ('dog', 'x', 'y'))
     source = trained / 'model.pt'
-    go = partial(command, train, '--data', 'other', *TINY, monkeypatch=monkeypatch, folder=tmp_path)
-    assert go('--init', source, '--tokenizer', source, '--steps', 0, '--out', 'a') == 0
-    before, after = (torch.load(f, weights_only=True)['var'] for f in (source, tmp_path / 'a' / 'model.pt'))
+    go = partial(command, train, '--data', 'other', *TINY, '--steps', 0, monkeypatch=monkeypatch,
+                 folder=tmp_path)
+    assert go('--init', source, '--out', 'a') == 0              # its tokenizer is kept
+    before, after = (torch.load(f, weights_only=True) for f in (source, tmp_path / 'a' / 'model.pt'))
+    assert all(torch.equal(v, after['vae'][k]) for k, v in before['vae'].items())
+    before, after = before['var'], after['var']
     changed = [k for k, v in before.items() if not torch.equal(v, after[k])]
-    assert changed == ['class_emb.weight'] and len(after['class_emb.weight']) == 4
-    assert torch.equal(after['class_emb.weight'][-1], before['class_emb.weight'][-1])      # no class
-    assert go('--init', source, '--tokenizer-steps', 0, '--steps', 0, '--out', 'b') == 0    # stage 1, too
+    assert changed == ['class_emb.weight']
+    (_, dog, nobody), new = before['class_emb.weight'], after['class_emb.weight']
+    assert torch.equal(new[0], dog) and torch.equal(new[3], nobody)         # by name
+    assert new[1:3].std().item() == pytest.approx((1 / (3 * 64)) ** 0.5, rel=0.3)
+    assert '2 of 3 classes are new to the transformer: x, y' in capsys.readouterr().out
+    # Stage 1 goes on from its tokenizer.
+    assert go('--init', source, '--tokenizer', 'train', '--tokenizer-steps', 0, '--out', 'b') == 0
     assert same_weights(tmp_path / 'a' / 'model.pt', tmp_path / 'b' / 'model.pt')
-    assert go('--init', source, '--tokenizer', source, '--depth', 2, '--out', 'c') == 2
-    assert 'it needs the --depth' in capsys.readouterr().err
+    assert 'tokenizer: ' in capsys.readouterr().out
+    assert go('--init', source, '--depth', 2, '--out', 'c') == 2
+    assert '--depth 2: ' in (said := capsys.readouterr().err) and 'model.pt has 1' in said
+    # The family of the 512 px model; a file without transformer; a damaged one.
+    ckpt = torch.load(source, weights_only=True)
+    vae = VQVAE.from_state_dict(ckpt['vae'], (1, 2, 4, 8))
+    var = VAR((1, 2, 4, 8), 1, 3, *vae.quantize.embedding.weight.shape, shared_aln=True)
+    torch.save(var.state_dict(), tmp_path / 'd36.pth')
+    torch.save(ckpt['vae'], tmp_path / 'vae.pth')
+    torch.save({**ckpt, 'var': {'lvl_1L': ckpt['var']['lvl_1L']}}, tmp_path / 'damaged.pt')
+    assert go('--init', 'd36.pth', '--tokenizer', source, '--out', 'd') == 0
+    after = torch.load(tmp_path / 'd' / 'model.pt', weights_only=True)['var']
+    assert all(torch.equal(v, after[k]) for k, v in var.state_dict().items())
+    scales = ('--patch-nums', '1,2,4,8')                        # which a released tokenizer lacks
+    assert go('--init', 'vae.pth', *scales, '--out', 'e') == 0
+    assert 'vae.pth has no transformer: it will be a new one' in capsys.readouterr().out
+    for name in ('damaged.pt', 'd36.pth'):
+        assert go('--init', name, '--out', 'f') == 2
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1 and ('not the weights' in error or 'no tokenizer' in error)
+
+
+def test_a_run_with_init_is_resumed_without_the_file(trained, tmp_path, monkeypatch):
+    (tmp_path / 'start.pt').write_bytes((trained / 'model.pt').read_bytes())
+    go = partial(command, train, '--workers', 0, monkeypatch=monkeypatch, folder=tmp_path)
+    words = ['--data', trained / 'images', *TINY, '--init', 'start.pt', '--tokenizer', 'train']
+    assert go(*words, '--out', 'whole') == 0
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'tokenize', killed)
+        assert go(*words, '--out', 'killed') == 130
+    (tmp_path / 'start.pt').unlink()
+    assert go('--resume', '--out', 'killed') == 0
+    assert same_weights(tmp_path / 'whole' / 'model.pt', tmp_path / 'killed' / 'model.pt')

@@ -1,8 +1,8 @@
 """The multi-scale VQVAE of VAR: an image becomes K token maps, from coarse to fine, and back.
 
     vae = VQVAE()
-    tokens = vae.encode(images)     # Algorithm 1: a list of K token maps
-    images = vae.decode(tokens)     # Algorithm 2
+    maps = vae.encode(images)       # Algorithm 1: a list of K token maps
+    images = vae.decode(maps)       # Algorithm 2
 
 Paper (arXiv 2404.02905): Section 3.1, equations (2) to (5); Section 3.2, Algorithms 1 and 2.
 
@@ -10,13 +10,15 @@ Where the text and the released weights differ, this file follows the weights:
 - The text has one convolution phi_k per scale; in the weights, K scales share four of them.
 - phi is a residual map: half its input, half a convolution of it.
 The code that trained the released tokenizer was never published. Here the codebook is an EMA of
-the vectors that are assigned to each code, dead codes are restarted (Quantizer.update), and phi
-starts as the identity.
+the vectors that are assigned to each code, it starts at zero, dead codes are restarted
+(Quantizer.update), and phi starts as the identity.
 
 Letters: B batch, H W image size, C channels, z code dimension, V codes, K scales, p side of the
 token map of one scale, P side of the last one and of the latent, l = p * p tokens of one scale,
-L tokens of all scales. k is one of the scales, from 0, where the paper counts from 1.
-Parameters have the names of the released files, so that weights load in both directions.
+L tokens of all scales. k is one of the scales, from 0, where the paper counts from 1. `maps` is a
+list of K token maps r_k, int64 (B, l); `tokens` are those of all scales in one tensor (B, L).
+Parameters have the names of the released files, so that weights load in both directions:
+`quant_resi` holds the phi, and `ema_vocab_hit_SV` the usage of the codes.
 Images are float32 (B, 3, H, W) in [-1, 1].
 """
 import math
@@ -46,13 +48,16 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut, which is a 1x1 convolution where the width changes."""
+    """Two convolutions and a shortcut, which is a 1x1 convolution where the width changes.
 
-    def __init__(self, c_in, c_out):
+    norm makes a normalisation for a number of channels, here and below: group_norm or nn.Identity.
+    """
+
+    def __init__(self, c_in, c_out, norm):
         super().__init__()
-        self.norm1 = group_norm(c_in)
+        self.norm1 = norm(c_in)
         self.conv1 = conv3x3(c_in, c_out)
-        self.norm2 = group_norm(c_out)
+        self.norm2 = norm(c_out)
         self.conv2 = conv3x3(c_out, c_out)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -69,9 +74,9 @@ class AttnBlock(nn.Module):
     objection to raster order: (1) assumes that a token depends on earlier ones alone (Fig. 9).
     """
 
-    def __init__(self, c):
+    def __init__(self, c, norm):
         super().__init__()
-        self.norm = group_norm(c)
+        self.norm = norm(c)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
@@ -88,11 +93,12 @@ class Level(nn.Module):
     """One resolution: residual blocks, with attention after each one at the lowest resolution,
     then the convolution that leads to the next resolution."""
 
-    def __init__(self, c_in, c, blocks, attend, down=False, up=False):
+    def __init__(self, c_in, c, blocks, norm, attend, down=False, up=False):
         super().__init__()
         widths = [c_in] + [c] * blocks
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:]))
-        self.attn = nn.ModuleList(AttnBlock(c) if attend else nn.Identity() for _ in range(blocks))
+        self.block = nn.ModuleList(ResBlock(a, b, norm) for a, b in zip(widths, widths[1:]))
+        self.attn = nn.ModuleList(AttnBlock(c, norm) if attend else nn.Identity()
+                                  for _ in range(blocks))
         self.downsample = nn.Identity()
         self.upsample = nn.Identity()
         if down:
@@ -107,31 +113,34 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-def middle(c):
-    return sequence(block_1=ResBlock(c, c), attn_1=AttnBlock(c), block_2=ResBlock(c, c))
+def middle(c, norm):
+    return sequence(block_1=ResBlock(c, c, norm), attn_1=AttnBlock(c, norm),
+                    block_2=ResBlock(c, c, norm))
 
 
-def make_encoder(ch, ch_mult, z, blocks):
+def make_encoder(ch, ch_mult, z, blocks, norm):
     """(B, 3, H, W) -> (B, z, P, P) with P = H / 2 ** (len(ch_mult) - 1)."""
-    last = len(ch_mult) - 1
-    widths = [ch] + [ch * m for m in ch_mult]
-    levels = [Level(widths[i], widths[i + 1], blocks, attend=i == last, down=i < last)
-              for i in range(last + 1)]
-    return sequence(conv_in=conv3x3(3, ch), down=nn.Sequential(*levels), mid=middle(widths[-1]),
-                    norm_out=group_norm(widths[-1]), silu=nn.SiLU(),
-                    conv_out=conv3x3(widths[-1], z))
+    levels, c_in, last = [], ch, len(ch_mult) - 1
+    for i, multiple in enumerate(ch_mult):
+        c = ch * multiple
+        levels.append(Level(c_in, c, blocks, norm, attend=i == last, down=i < last))
+        c_in = c
+    return sequence(conv_in=conv3x3(3, ch), down=nn.Sequential(*levels), mid=middle(c, norm),
+                    norm_out=norm(c), silu=nn.SiLU(), conv_out=conv3x3(c, z))
 
 
-def make_decoder(ch, ch_mult, z, blocks):
+def make_decoder(ch, ch_mult, z, blocks, norm):
     """(B, z, P, P) -> (B, 3, H, W): the encoder's mirror image, with one residual block more per
     level. Level 0 is the finest and runs last."""
     last = len(ch_mult) - 1
-    widths = [ch * m for m in ch_mult]
-    levels = {str(i): Level(widths[min(i + 1, last)], widths[i], blocks + 1, attend=i == last,
-                            up=i > 0) for i in range(last, -1, -1)}
-    return sequence(conv_in=conv3x3(z, widths[-1]), mid=middle(widths[-1]), up=sequence(**levels),
-                    norm_out=group_norm(widths[0]), silu=nn.SiLU(),
-                    conv_out=conv3x3(widths[0], 3))
+    lowest = c_in = ch * ch_mult[last]
+    levels = {}
+    for i in range(last, -1, -1):
+        c = ch * ch_mult[i]
+        levels[str(i)] = Level(c_in, c, blocks + 1, norm, attend=i == last, up=i > 0)
+        c_in = c
+    return sequence(conv_in=conv3x3(z, lowest), mid=middle(lowest, norm), up=sequence(**levels),
+                    norm_out=norm(c), silu=nn.SiLU(), conv_out=conv3x3(c, 3))
 
 
 # ---- The multi-scale quantizer: equation (3), Algorithms 1 and 2 ----
@@ -141,6 +150,7 @@ class Phi(nn.Conv2d):
     """phi(h) = (1 - r) h + r conv(h) with r = 0.5, for h (B, z, P, P).
 
     Section 3.2: it repairs what a token map loses when it is enlarged. It starts as the identity.
+    It is a convolution, and does not hold one, because of the released names.
     """
     r = 0.5
 
@@ -176,11 +186,23 @@ def scale_of_token(patch_nums):
 class Quantizer(nn.Module):
     """One codebook for all scales, the shared phi, and the step that both algorithms share.
 
-    z_k are the embeddings of one token map, (B, l, z), and wide_k is z_k enlarged to (B, z, P, P).
-    Algorithm 2 adds phi_k(wide_k) to f_hat, and Algorithm 1 subtracts it from f: not wide_k,
-    because the decoder will see phi_k(wide_k), and the later scales have to encode what that lacks.
-    Here both call `add_scale`: the residual of Algorithm 1 is f - f_hat, with f_hat as Algorithm 2
-    has it so far. As in the release, codes are compared and summed in float32, outside of autocast.
+    wide_k are the codes of one token map, enlarged to (B, z, P, P). Algorithm 2 adds phi_k(wide_k)
+    to f_hat, and Algorithm 1 subtracts it from f. Here both call `add_scale`: the residual of
+    Algorithm 1 is f - f_hat, with f_hat as Algorithm 2 has it so far. An example with z = 1, the
+    scales 1x1 and 2x2, and the codes -2, 0, 1, 3:
+
+        f             shrunk  code  f_hat    residual      codes    f_hat    residual
+        1.2  3.1      3       3     3  3     -1.8  0.1     -2  0    1  3      0.2  0.1
+        3.7  4.0                    3  3      0.7  1.0      1  1    4  4     -0.3  0.0
+
+    phi was the identity here. If phi makes 2.8 of the 3, the decoder sees 2.8, and the later scales
+    have to encode f - 2.8. With wide_k in its place, f - 3, an error of 0.2 would stay in f_hat,
+    and no scale would see it.
+
+    One codebook serves all scales, because all of them encode a part of the same f, and f_hat is
+    their sum. Shrinking by area takes the mean, which is the best single vector for a cell.
+    Enlarging is bicubic, because a smooth guess needs less repair than one with steps.
+    As in the release, codes are compared and summed in float32, outside of autocast.
     """
     decay = 0.98            # of the EMA
     dead_below = 0.02       # a code is dead when it has less than this share of the average usage
@@ -191,10 +213,14 @@ class Quantizer(nn.Module):
         self.V = V
         self.embedding = nn.Embedding(V, z)
         self.embedding.requires_grad_(False)                # an EMA codebook: see update()
+        # All codes are 0 at first, so that f_hat stays 0 and every scale sees the shrunk f. The
+        # first update() replaces them: one by the mean of all vectors, the others by random
+        # vectors. From codes that are random themselves, training would collapse onto a few.
+        nn.init.zeros_(self.embedding.weight)
         phis = nn.ModuleList(Phi(z) for _ in range(phi_count))
         self.quant_resi = nn.ModuleDict({'qresi_ls': phis})
         self.phi_index = choose_phi(len(patch_nums), phi_count)
-        # EMA of how often each scale uses each code; the released file has this buffer too.
+        # EMA of the share of all tokens that each scale and code have; its sum is about 1.
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(patch_nums), V))
         # As buffers these are on the GPU already: no training step has to copy them, and wait.
         sizes = torch.tensor(patch_nums) ** 2
@@ -211,15 +237,21 @@ class Quantizer(nn.Module):
         small = F.interpolate(f, self.patch_nums[k], mode='area')           # (B, z, p, p)
         return small.flatten(2).transpose(1, 2)                             # (B, l, z)
 
-    def add_scale(self, f_hat, k, z_k):
-        """f_hat + phi_k(wide_k): one turn of the loop of Algorithm 2.
+    def empty(self, B):
+        """f_hat before the first scale: zeros (B, z, P, P)."""
+        codes, P = self.embedding.weight, self.patch_nums[-1]
+        return codes.new_zeros(B, codes.shape[1], P, P)
 
-        f_hat (B, z, P, P): the sum over the scales before k, or 0 before the first.
-        z_k (B, l, z): the embeddings of r_k. Returns (B, z, P, P), float32.
+    def add_scale(self, f_hat, k, r_k):
+        """The body of the loop of Algorithm 2: look up, enlarge, phi, add.
+
+        f_hat (B, z, P, P): the sum over the scales before k; r_k (B, l), the tokens of scale k.
+        Returns f_hat including scale k, (B, z, P, P), float32.
         """
         p, P = self.patch_nums[k], self.patch_nums[-1]
-        wide_k = z_k.float().transpose(1, 2).unflatten(2, (p, p))           # (B, z, p, p)
+        z_k = self.embedding(r_k)                                           # (B, l, z)
         with torch.autocast(z_k.device.type, enabled=False):
+            wide_k = z_k.float().transpose(1, 2).unflatten(2, (p, p))       # (B, z, p, p)
             if p != P:
                 wide_k = F.interpolate(wide_k, P, mode='bicubic')           # (B, z, P, P)
             return f_hat + self.phi(k)(wide_k)                              # (B, z, P, P)
@@ -235,37 +267,37 @@ class Quantizer(nn.Module):
     def algorithm1(self, f):
         """Algorithm 1 on f (B, z, P, P), scale by scale.
 
-        Yields for each scale the tokens r_k (B, l), the vectors that they stand for (B, l, z), and
-        f_hat (B, z, P, P) including this scale.
+        Yields for each scale the tokens r_k (B, l); the vectors (B, l, z) that were quantized,
+        which are the shrunk residual and not codes; and f_hat (B, z, P, P) including this scale.
         """
-        f_hat = torch.zeros_like(f)
+        f_hat = self.empty(len(f))
         for k in range(len(self.patch_nums)):
             residual = (f - f_hat).detach()
             vectors = self.shrink(residual, k)                              # (B, l, z)
             r_k = self.nearest(vectors)                                     # (B, l)
-            f_hat = self.add_scale(f_hat, k, self.embedding(r_k))           # (B, z, P, P)
+            f_hat = self.add_scale(f_hat, k, r_k)                           # (B, z, P, P)
             yield r_k, vectors, f_hat
 
-    def algorithm2(self, tokens):
+    def algorithm2(self, maps):
         """Algorithm 2 without decoder: yields f_hat (B, z, P, P) after each token map (B, l)."""
-        f_hat = 0
-        for k, r_k in enumerate(tokens):
-            f_hat = self.add_scale(f_hat, k, self.embedding(r_k))
+        f_hat = self.empty(len(maps[0]))
+        for k, r_k in enumerate(maps):
+            f_hat = self.add_scale(f_hat, k, r_k)
             yield f_hat
 
     def count(self, tokens):
         """How often each scale uses each code: tokens (B, L) -> (K, V) float32."""
         K, V = len(self.patch_nums), self.V
-        place = (self.scale_of_token * V + tokens).flatten()                # in a flattened (K, V)
-        ones = torch.ones(len(place), device=tokens.device)
-        return torch.zeros(K * V, device=tokens.device).index_add_(0, place, ones).view(K, V)
+        cell = (self.scale_of_token * V + tokens).flatten()                 # in a flattened (K, V)
+        ones = torch.ones(len(cell), device=tokens.device)
+        return torch.zeros(K * V, device=tokens.device).index_add_(0, cell, ones).view(K, V)
 
     @torch.no_grad()
     def update(self, tokens, vectors):
         """One EMA step of the codebook, with the batches of all processes.
 
-        tokens (B, L) and the vectors that they stand for (B, L, z), of all scales. A batch that is
-        not finite changes nothing. Nothing here waits for a GPU.
+        tokens (B, L) and the vectors (B, L, z) that were quantized to them, of all scales. A batch
+        that is not finite changes nothing. Nothing here waits for a GPU.
         """
         codes, hits, decay = self.embedding.weight, self.ema_vocab_hit_SV, self.decay
         K, V = hits.shape                                                   # codes (V, z)
@@ -280,28 +312,31 @@ class Quantizer(nn.Module):
             dist.all_reduce(n)
             dist.all_reduce(s)
 
-        # 3. EMA of counts and sums. A code e is the mean of the N vectors that are assigned to it,
-        #    and their sum is e N, so that only e and N have to be stored:
+        # 3. EMA of counts and sums, both per token, so that the size of a batch does not matter.
+        #    A code e is the mean of the N vectors that are assigned to it, and their sum is e N, so
+        #    that only e and N have to be stored:
         #    N' = d N + (1 - d) n,    e' = (d N e + (1 - d) s) / N'.
+        s = s / n.sum()
+        n = n / n.sum()
         old_sum = hits.sum(0)[:, None] * codes                              # (V, z)
         new_hits = decay * hits + (1 - decay) * n                           # (K, V)
         N = new_hits.sum(0)                                                 # (V,)
-        new_codes = (decay * old_sum + (1 - decay) * s) / N.clamp_min(1e-9)[:, None]
+        new_codes = (decay * old_sum + (1 - decay) * s) / N.clamp_min(1e-12)[:, None]
 
-        # 4. Restart: a dead code becomes a random vector of the batch. Each scale provides as many
-        #    as any other. Drawn from all vectors alike, 1 in L would come from the first scale,
-        #    and the coarse scales would collapse onto a few codes.
+        # 4. Restart: a dead code becomes a random vector of the batch. Of the scales 1, 2, 4, whose
+        #    tokens begin at 0, 1 and 5 of 21, code 5 is given the third, and one of the tokens 5 to
+        #    20 of an image. So each scale provides as many as any other. Drawn from all 21 alike, 1
+        #    in 21 would come from the first scale, and the coarse scales would collapse onto a few
+        #    codes.
         scale = torch.arange(V, device=codes.device) % K                    # (V,)
-        share = torch.rand(V, device=codes.device)
-        place = self.starts[scale] + (share * self.sizes[scale]).long()     # (V,), below L
+        within = (torch.rand(V, device=codes.device) * self.sizes[scale]).long()
         image = torch.randint(len(tokens), (V,), device=codes.device)
-        fresh = vectors[image, place]                                       # (V, z)
-        average = n.sum() / V
-        dead = N < self.dead_below * average                                # (V,)
+        fresh = vectors[image, self.starts[scale] + within]                 # (V, z)
+        dead = N < self.dead_below / V                                      # (V,)
         new_codes = torch.where(dead[:, None], fresh, new_codes)
         # It starts with a tenth of the average usage, and is dead again after about 80 steps
         # without a hit (decay 0.98).
-        new_hits = torch.where(dead, 0.1 * average / K, new_hits)
+        new_hits = torch.where(dead, 0.1 / (V * K), new_hits)
 
         finite = s.isfinite().all()
         codes.copy_(torch.where(finite, new_codes, codes))
@@ -315,30 +350,32 @@ class Quantizer(nn.Module):
 class VQVAE(nn.Module):
     """The tokenizer: encoder, quantizer, decoder.
 
-    patch_nums: the sides of the K token maps. The defaults are the released network (109 M).
-    Images are (B, 3, H, W) in [-1, 1] with H = W = image_size; tokens are a list of K int64
-    tensors (B, l).
+    patch_nums: the sides of the K token maps. phi_count: how many phi the scales share. The
+    defaults are the released network (109 M).
+    Images are (B, 3, H, W) in [-1, 1] with H = W = image_size; maps are a list of K int64 tensors
+    (B, l).
     normalise=False leaves out group normalisation, as the presets up to 64 px do. The released
     network has it.
     """
 
     def __init__(self, patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), vocab_size=4096, z_channels=32,
-                 ch=160, ch_mult=(1, 1, 2, 2, 4), share_quant_resi=4, res_blocks=2, normalise=True):
+                 ch=160, ch_mult=(1, 1, 2, 2, 4), phi_count=4, res_blocks=2, normalise=True):
         super().__init__()
         self.patch_nums = tuple(patch_nums)
         self.image_size = patch_nums[-1] * 2 ** (len(ch_mult) - 1)
-        self.encoder = make_encoder(ch, ch_mult, z_channels, res_blocks)
-        self.decoder = make_decoder(ch, ch_mult, z_channels, res_blocks)
+        norm = group_norm if normalise else nn.Identity
+        self.encoder = make_encoder(ch, ch_mult, z_channels, res_blocks, norm)
+        self.decoder = make_decoder(ch, ch_mult, z_channels, res_blocks, norm)
         self.quant_conv = conv3x3(z_channels, z_channels)
         self.post_quant_conv = conv3x3(z_channels, z_channels)
-        self.init_weights(normalise)            # of all but phi, which starts as the identity
-        self.quantize = Quantizer(patch_nums, vocab_size, z_channels, share_quant_resi)
+        self.init_weights()                     # of all but phi, which starts as the identity
+        self.quantize = Quantizer(patch_nums, vocab_size, z_channels, phi_count)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def init_weights(self, normalise):
+    def init_weights(self):
         """Initial weights of encoder and decoder; the release publishes none."""
-        for name, module in list(self.named_modules()):
+        for name, module in self.named_modules():
             # Convolutions keep the variance of their input.
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -347,8 +384,6 @@ class VQVAE(nn.Module):
             # stable, and one with normalisation trains faster.
             if name.endswith(('conv2', 'proj_out')):
                 nn.init.zeros_(module.weight)
-            if isinstance(module, nn.GroupNorm) and not normalise:
-                self.set_submodule(name, nn.Identity())
 
     def to_latent(self, images):
         """f = E(im), equation (2): (B, 3, H, W) -> (B, z, P, P), float32."""
@@ -371,42 +406,45 @@ class VQVAE(nn.Module):
             return [r_k for r_k, _, _ in self.quantize.algorithm1(self.to_latent(images))]
 
     @torch.no_grad()
-    def decode(self, tokens):
+    def decode(self, maps):
         """Algorithm 2: K token maps (B, l) -> images (B, 3, H, W) in [-1, 1]."""
-        *_, f_hat = self.quantize.algorithm2(tokens)
+        *_, f_hat = self.quantize.algorithm2(maps)
         return self.to_image(f_hat).clamp(-1, 1)
 
     @torch.no_grad()
-    def decode_scales(self, tokens):
+    def decode_scales(self, maps):
         """The image after each scale: K tensors (B, 3, H, W), the last one equal to decode()."""
-        return [self.to_image(f_hat).clamp(-1, 1) for f_hat in self.quantize.algorithm2(tokens)]
+        return [self.to_image(f_hat).clamp(-1, 1) for f_hat in self.quantize.algorithm2(maps)]
 
-    def var_input(self, tokens):
+    def var_input(self, maps):
         """The transformer's input for all scales but the first, under teacher forcing.
 
         The input for scale k is the accumulated f_hat of all scales before it, shrunk to the size
         of scale k. It is not the embeddings of r_{k-1}, as Fig. 4 may suggest. Returns
         (B, L - l, z), where l are the tokens of the first scale.
         """
-        sums = self.quantize.algorithm2(tokens[:-1])
-        parts = [self.quantize.shrink(f_hat, k) for k, f_hat in enumerate(sums, start=1)]
-        if not parts:                                           # a single scale has no such input
-            return self.quantize.embedding(tokens[0][:, :0])
+        parts = [self.quantize.embedding(maps[0][:, :0])]       # nothing, (B, 0, z)
+        for k, f_hat in zip(range(1, len(maps)), self.quantize.algorithm2(maps)):
+            parts.append(self.quantize.shrink(f_hat, k))                    # (B, l, z)
         return torch.cat(parts, dim=1)
 
     def forward(self, images):
         """One training pass: images (B, 3, H, W) -> rebuilt (B, 3, H, W) and the quantizer loss, a
         scalar. In training it also moves the codebook.
 
-        The loss is || f - f_hat || of (5), averaged over f_hat after each of the scales. Its first
-        term trains phi (in the release also the codebook). Its second, the commitment loss, pulls f
-        towards the codes. Source of both and of the weight 0.25: the release.
+        The loss is || f - f_hat || of (5), averaged over f_hat after each of the scales, so that
+        every scale comes as close to f as it can by itself; after the last scale alone, nothing
+        would tell the coarse ones to. In the release the first of its two terms trains the codebook
+        and phi. Here it trains phi alone, because the codebook is an EMA. Nothing else trains phi:
+        the straight-through estimator below hides f_hat from the gradients of the image losses.
+        The second term, the commitment loss, pulls f towards the codes. Source of both and of the
+        weight 0.25: the release.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         loss, tokens, vectors = 0., [], []
         for r_k, v_k, f_hat in self.quantize.algorithm1(f):
-            codebook_loss = F.mse_loss(f_hat, f.detach())
-            commitment_loss = F.mse_loss(f_hat.detach(), f)
+            codebook_loss = F.mse_loss(f_hat, f.detach())                   # trains phi
+            commitment_loss = F.mse_loss(f_hat.detach(), f)                 # trains the encoder
             loss = loss + (codebook_loss + 0.25 * commitment_loss) / len(self.patch_nums)
             tokens.append(r_k)
             vectors.append(v_k)
@@ -430,9 +468,12 @@ class VQVAE(nn.Module):
         vae = cls(patch_nums, V, z, ch, tuple(ch_mult.values()), phi_count,
                   res_blocks=len(convs) // len(ch_mult),
                   normalise='encoder.norm_out.weight' in weights)
-        # Counts of another number of scales do not fit.
-        if len(weights['quantize.ema_vocab_hit_SV']) != len(patch_nums):
-            weights = {**weights, 'quantize.ema_vocab_hit_SV': vae.quantize.ema_vocab_hit_SV}
-        vae.load_state_dict(weights)
+        # Codes that were never counted, or for another number of scales, all count alike.
+        hits = weights['quantize.ema_vocab_hit_SV']
+        is_new = not weights['quantize.embedding.weight'].any()
+        if len(hits) != len(patch_nums) or not (hits.any() or is_new):
+            hits = torch.ones(len(patch_nums), V)
+        if hits.sum() > 2:                      # no shares: the release has hits per batch
+            hits = hits / hits.sum()
+        vae.load_state_dict({**weights, 'quantize.ema_vocab_hit_SV': hits})
         return vae
-

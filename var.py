@@ -1,22 +1,46 @@
 """VAR: a GPT-2-like transformer that predicts the next scale instead of the next token.
 
-    var, tokens = VAR(depth=16), vae.encode(images)
-    logits, loss = var(labels, vae.var_input(tokens), torch.cat(tokens, dim=1))     # training
-    images = var.generate(vae, labels)              # sampling: K passes, keys and values cached
+    var, maps = VAR(depth=16), vae.encode(images)
+    logits, loss = var(labels, vae.var_input(maps), torch.cat(maps, dim=1))     # training
+    maps = var.generate(vae, labels)                # sampling: K passes, keys and values cached
+    images = vae.decode(maps)
+
+The method (Fig. 4) for the scales 1, 2, 4, 8, with 1 + 4 + 16 + 64 = 85 tokens; read upwards:
+
+    tokens r_k      (B, 1)       (B, 4)        (B, 16)       (B, 64)
+                      ^            ^             ^             ^
+    logits          (B, 1, V)    (B, 4, V)     (B, 16, V)    (B, 64, V)     head: w -> V
+                      ^            ^             ^             ^
+    transformer     a column sees itself and all columns to its left        d blocks of width w
+                      ^            ^             ^             ^
+    input           [s]          (B, 4, z)     (B, 16, z)    (B, 64, z)     word_embed: z -> w
+                                   ^             ^             ^            shrink
+    f_hat so far    0            r_0           r_0, r_1      r_0, r_1, r_2  (B, z, 8, 8), add_scale
+
+The row of f_hat names the tokens that are added up in it (Algorithm 2). In training they are those
+of a real image, and one pass computes all columns. In sampling they are the model's own, and each
+column takes a pass, from left to right; f_hat of all four then goes through the decoder.
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
 Section 6 for editing. Where paper and released weights differ, this file follows the weights:
-- Guidance is 2.0 in Table 3 and 1.5 in the release, top-k 600 and 900. Guidance grows linearly over
-  the scales, up to its value t at the last one. The release writes (1 + t) c - t u, for logits c
-  with the class and u without. Elsewhere it is often written u + s (c - u): there s is 1 + t, so
-  that the release's t = 1.5 is s = 2.5.
+- Guidance is 2.0 in Table 3 and 1.5 in the release, top-k 600 and 900. The release writes
+  (1 + t) c - t u, for logits c with the class and u without. Here t grows linearly over the scales,
+  from 0 to the option cfg: 0, 0.17, 0.33, ... 1.5 for ten scales. The coarse scales, which settle
+  what the image is about, so keep their variety. Elsewhere guidance is often written u + s (c - u):
+  there s is 1 + t, so that the release's 1.5 is s = 2.5.
 - Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
 
 Letters: B batch, K scales, p side of the token map of one scale, l = p * p its tokens, P side of
 the last map, L tokens of all scales, m tokens in the cache, w width, d depth, h heads, V codes,
 z code dimension. k is one of the scales, from 0, where the paper counts from 1.
-Parameters have the names of the released files, so that weights load in both directions.
+Parameters have the names of the released files, so that weights load in both directions:
+    word_embed              z -> w, for the input of all scales but the first
+    pos_start               added to the class embedding, which is the input of the first scale
+    pos_1LC, lvl_embed      a vector per position, and one per scale, added to every input
+    lvl_1L                  the scale of each token
+    attn_bias_for_masking   the block-causal mask
+    ada_lin, ada_gss        AdaLN: of each block; a block's offset to the shared one
 """
 import math
 
@@ -57,7 +81,7 @@ def attend(q, k, v, mask):
     """
     if mask is not None:
         mask = mask.to(q.dtype)
-    if q.device.type == 'cpu' and q.requires_grad:
+    if mask is not None and q.device.type == 'cpu' and q.requires_grad:
         return (q @ k.transpose(2, 3) + mask).softmax(-1) @ v               # (B, h, l, 64)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1)
 
@@ -77,7 +101,8 @@ class Attention(nn.Module):
 
     def normalise(self, q, k):
         """Queries and keys (B, h, l, 64) of unit length: q.k is a cosine. A learned factor, at most
-        100, takes the place of 1 / sqrt(64)."""
+        100, takes the place of 1 / sqrt(64). It starts at 4, because cosines are at most 1, and a
+        softmax of such numbers would attend to everything almost alike."""
         factor = self.scale_mul_1H11.clamp_max(math.log(100)).exp()         # (1, h, 1, 1)
         return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
 
@@ -86,6 +111,7 @@ class Attention(nn.Module):
 
         cache: keys and values of the m tokens so far, (2, B, h, m, 64). x holds the last l of
         them, whose keys and values are written to it. All may see all, so that it needs no mask.
+        It is a view of what VAR.generate holds: what is written here is kept there.
         """
         B, l, w = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
@@ -138,9 +164,10 @@ class Block(nn.Module):
 class VAR(nn.Module):
     """The product over all scales k of p(r_k | r_<k), equation (6). patch_nums: sides of the r_k.
 
-    The depth d sets the width 64 d and d heads, equation (7). The blocks then have, equation (8),
-    d (4 w^2 + 8 w^2 + 6 w^2) = 18 d w^2 weights in attention, FFN and AdaLN; embeddings, head and
-    biases are not counted. Class index num_classes stands for "no class". shared_aln: one AdaLN
+    The depth d sets the width w = 64 d and d heads, equation (7). The blocks then have, equation
+    (8), d (4 w^2 + 8 w^2 + 6 w^2) = 18 d w^2 = 73728 d^3 weights in attention, FFN and AdaLN: 15.9
+    M for d = 6, and 302.0 M for d = 16. With embeddings, head and biases, which are not counted, it
+    is 18.5 and 310.3 M. Class index num_classes stands for "no class". shared_aln: one AdaLN
     projection for all blocks, as in the 512 px model.
     """
     label_dropout = 0.1     # share of the training images that lose their label, for guidance
@@ -171,7 +198,9 @@ class VAR(nn.Module):
     def init_weights(self, w, depth):
         """Initial weights, by parameter name; source: the release."""
         # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity.
-        # Their values by depth are the release's.
+        # They open soon: the gradient of a gate is that of x times its branch's output, however
+        # small the gate is, and a step of Adam does not depend on the size of gradients. Their
+        # values by depth are the release's.
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4, 36: 5e-6}.get(depth, 1e-5)
         ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
@@ -180,17 +209,18 @@ class VAR(nn.Module):
                 p.zero_()
             elif not name.endswith('scale_mul_1H11'):
                 nn.init.trunc_normal_(p, std=math.sqrt(1 / (3 * w)))
-            # The last layer of each branch: the residual stream then does not grow with depth.
+            # The last layer of each of the 2 d branches: when the gates are open, the variance of
+            # the residual stream still does not grow with depth.
             if name.endswith(('attn.proj.weight', 'fc2.weight')):
                 p.div_(math.sqrt(2 * depth))
             # The head: the first loss is that of a uniform guess, ln V.
             if name == 'head.weight':
                 p.mul_(0.02)
-            # AdaLN: of the head, of a block, and a block's offset to the shared projection, which
-            # stays as it is.
+            # AdaLN: of the head, of a block, and a block's offset to the shared projection. That
+            # projection, shared_ada_lin.1.weight, has no factor.
             if name == 'head_nm.ada_lin.1.weight':
                 p.mul_(0.5)
-            elif name.endswith('.ada_lin.1.weight'):
+            elif name.startswith('blocks.') and name.endswith('ada_lin.1.weight'):
                 p.view(6, w, w).mul_(ada_factors[:, None, None])
             elif name.endswith('ada_gss'):
                 p.normal_(std=w ** -0.5).mul_(ada_factors[:, None])
@@ -201,22 +231,23 @@ class VAR(nn.Module):
         return self.attn_bias_for_masking[0, 0]
 
     def positions(self):
-        """The embeddings of position and of scale that are added to every input: (1, L, w)."""
+        """The embeddings of position and of scale that are added to every input: (1, L, w). For the
+        first scale pos_start does the same once more, as in the release."""
         return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
     def modulations(self, condition):
         """AdaLN: the class embedding (B, w) -> six vectors per block and two for the head.
 
         Each is (B, 1, w). They depend on the class alone, so that generation computes them once
-        per image and not once per scale; a third of the weights (8) makes them.
+        per image and not once per scale. 6 of the 18 in (8) are for them.
         """
         if self.shared_ada_lin:
             shared = self.shared_ada_lin(condition).unflatten(1, (1, 6, -1))    # (B, 1, 6, w)
-            blocks = [block.ada_gss + shared for block in self.blocks]
+            sixes = [block.ada_gss + shared for block in self.blocks]
         else:
-            blocks = [block.ada_lin(condition).unflatten(1, (1, 6, -1)) for block in self.blocks]
-        head = self.head_nm['ada_lin'](condition).unflatten(1, (1, 2, -1))      # (B, 1, 2, w)
-        return [six.unbind(2) for six in blocks], head.unbind(2)
+            sixes = [block.ada_lin(condition).unflatten(1, (1, 6, -1)) for block in self.blocks]
+        two = self.head_nm['ada_lin'](condition).unflatten(1, (1, 2, -1))       # (B, 1, 2, w)
+        return [six.unbind(2) for six in sixes], two.unbind(2)
 
     def logits(self, x, modulation):
         """The head: x (B, l, w) -> (B, l, V), float32."""
@@ -231,36 +262,40 @@ class VAR(nn.Module):
         Returns logits (B, L, V) and the loss in nats per token, a scalar, or None without targets.
         The output at the positions of scale k predicts r_k at the same positions: unlike in
         next-token prediction, nothing is shifted by one, because their input is made of r_<k alone.
+        The loss weighs all tokens alike, as in the release, so that with 1, 2, 4, 8 the last scale
+        is 64 of 85. Teacher forcing shows true coarse maps, and sampling the model's own, as in any
+        autoregressive model; but there are only K steps in which an error can grow.
         """
         if self.training:                                       # for classifier-free guidance
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
             labels = labels.masked_fill(dropped, self.num_classes)
         condition = self.class_emb(labels)                                      # (B, w)
-        blocks, head = self.modulations(condition)
+        of_blocks, of_head = self.modulations(condition)
         # [s], the start token of Fig. 4, is the class embedding.
         start = condition[:, None] + self.pos_start                             # (B, l, w)
         x = torch.cat([start, self.word_embed(x)], dim=1)                       # (B, L, w)
         x = x + self.positions()                                                # (B, L, w)
-        for block, modulation in zip(self.blocks, blocks):
+        for block, modulation in zip(self.blocks, of_blocks):
             x = block(x, modulation, self.mask)                                 # (B, L, w)
-        logits = self.logits(x, head)                                           # (B, L, V)
+        logits = self.logits(x, of_head)                                        # (B, L, V)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, vae, labels, cfg=1.5, top_k=900, top_p=0.96, seed=None, given=None,
-                 keep=None, return_tokens=False):
-        """Draws images scale by scale, equation (6): K passes, keys and values cached.
+                 keep=None):
+        """Draws the token maps scale by scale, equation (6): K passes, keys and values cached.
 
-        An image of 256 px takes ten passes. If the sides grow by a factor a from 1 to P, there are
-        1 + log_a P passes (appendix).
+        The 680 tokens of an image of 256 px take ten passes. If the sides grow by a factor a from 1
+        to P, there are 1 + log_a P passes (appendix).
 
-        labels: (B,) class indices; num_classes for "no class". cfg: guidance t at the last scale.
-        top_k, top_p: see filter_logits. given, keep: zero-shot editing (Section 6): K token maps
-        (B, l), and a mask (P, P) that is 1 where they are kept.
-        Returns images (B, 3, H, W) in [0, 1]; with return_tokens also the K token maps (B, l).
-        The same seed, an int, draws the same images on the same kind of device. Only the copies of
+        vae: a VQVAE, of which the quantizer is used. labels: (B,) class indices; num_classes for
+        "no class". cfg: guidance of the last scale. top_k, top_p: see filter_logits. given, keep:
+        zero-shot editing (Section 6): K token maps (B, l) or (1, l), and a mask (P, P), 1 where
+        they are kept.
+        Returns K token maps (B, l), for VQVAE.decode.
+        The same seed, an int, draws the same tokens on the same kind of device. Only the copies of
         labels and keep wait for a GPU.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
@@ -272,38 +307,35 @@ class VAR(nn.Module):
             # its keys and values.
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         condition = self.class_emb(labels)                                      # (2B, w)
-        blocks, head = self.modulations(condition)
-        heads = self.blocks[0].attn.heads
-        caches = head[0].new_empty(len(self.blocks), 2, len(labels), heads, len(self.mask), 64)
+        of_blocks, of_head = self.modulations(condition)
+        depth, L = len(self.blocks), len(self.mask)
+        caches = of_head[0].new_empty(depth, 2, len(labels), depth, L, 64)      # d heads
         positions = self.positions()                                            # (1, L, w)
         x = condition[:, None] + self.pos_start                                 # (2B, l, w)
-        f_hat, tokens, end = 0, [], 0
+        f_hat, maps, end = vae.quantize.empty(B), [], 0
         for k, p in enumerate(self.patch_nums):
             start, end = end, end + p * p
-            ratio = k / max(K - 1, 1)
             x = x + positions[:, start:end]                                     # (2B, l, w)
             so_far = caches[..., :end, :]               # this scale's part is not yet written
-            for block, modulation, cache in zip(self.blocks, blocks, so_far):
+            for block, modulation, cache in zip(self.blocks, of_blocks, so_far):
                 x = block(x, modulation, None, cache)                           # (2B, l, w)
-            logits = self.logits(x, head)                                       # (2B, l, V)
+            logits = self.logits(x, of_head)                                    # (2B, l, V)
             if cfg:
-                t = cfg * ratio
+                t = cfg * k / max(K - 1, 1)
                 logits = (1 + t) * logits[:B] - t * logits[B:]                  # (B, l, V)
             logits = filter_logits(logits, top_k, top_p)                        # (B, l, V)
-            # All tokens of the scale are drawn at once: given r_<k they are independent.
+            # All tokens of the scale are drawn at once: given r_<k they are independent. Two
+            # neighbours can therefore each fit what is there and not fit each other. The coarser
+            # scales have settled most of what they share, and the finer ones see both, and repair.
             r_k = draw(logits.softmax(-1), generator)                           # (B, l)
-            z_k = vae.quantize.embedding(r_k)                                   # (B, l, z)
             if given is not None:
-                kept = kept_tokens(keep, p).to(device)                          # (l,)
-                r_k = torch.where(kept, given[k], r_k)
-                z_k = torch.where(kept[:, None], vae.quantize.embedding(given[k]), z_k)
-            tokens.append(r_k)
-            f_hat = vae.quantize.add_scale(f_hat, k, z_k)                       # (B, z, P, P)
+                r_k = torch.where(kept_tokens(keep, p).to(device), given[k], r_k)
+            maps.append(r_k)
+            f_hat = vae.quantize.add_scale(f_hat, k, r_k)                       # (B, z, P, P)
             if k + 1 < K:
                 x = self.word_embed(vae.quantize.shrink(f_hat, k + 1))          # (B, l, w)
                 x = torch.cat([x, x]) if cfg else x                             # (2B, l, w)
-        images = vae.to_image(f_hat).clamp(-1, 1) / 2 + 0.5                     # (B, 3, H, W)
-        return (images, tokens) if return_tokens else images
+        return maps
 
     @classmethod
     def from_state_dict(cls, weights):
@@ -327,13 +359,15 @@ class VAR(nn.Module):
 def filter_logits(logits, top_k=0, top_p=0.0):
     """Top-k, then nucleus (top-p) sampling: sets all other logits (..., V) to -inf.
 
-    The nucleus is the smallest set of codes whose probability reaches top_p, and never empty.
-    0 switches either off. Ties at the k-th place are all kept.
+    Of equal logits at the k-th place only as many are kept as make k. The nucleus is the smallest
+    set of codes whose probability reaches top_p, and never empty. 0 switches either off.
     """
     if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        likeliest = logits.topk(top_k).indices                              # (..., k)
+        outside = torch.ones_like(logits, dtype=torch.bool).scatter(-1, likeliest, False)
+        logits = logits.masked_fill(outside, -torch.inf)
     if 0 < top_p < 1:
+        # From the unlikeliest code on, those are outside whose sum is still within 1 - top_p.
         ascending, order = logits.sort(dim=-1)
         unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p            # in ascending order
         unlikely[..., -1] = False
@@ -345,8 +379,9 @@ def filter_logits(logits, top_k=0, top_p=0.0):
 def draw(probabilities, generator):
     """One code from each distribution: (B, l, V) -> (B, l).
 
-    With e from an exponential distribution for every code, p / e is greatest for a code with
-    probability p. torch.multinomial does the same, but waits for the GPU to check its input.
+    Code i is drawn with probability p_i: of p_i / e_i, with every e_i from an exponential
+    distribution, the i-th is the greatest with that probability. torch.multinomial does the same,
+    but waits for the GPU to check its input.
     """
     e = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / e).argmax(-1)
@@ -355,11 +390,12 @@ def draw(probabilities, generator):
 def kept_tokens(keep, p):
     """Which tokens of a p x p map the mask (P, P) keeps: bool (l,). Source: the release.
 
-    The mask is shrunk bilinearly and cut at one half. The 1x1 map is always kept: its token stands
-    for the whole image.
+    The mask is shrunk bilinearly and cut at one half. Bilinear shrinking looks at the four points
+    around the middle of each cell, whatever the cell's size: their mean decides, and a cell of
+    which they keep just half is drawn anew. The 1x1 map is always kept: its token stands for the
+    whole image.
     """
     if p == 1:
         return torch.ones(1, dtype=torch.bool, device=keep.device)
     small = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear')
     return small.flatten() > 0.5
-

@@ -26,12 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from judge import draw_classes, train_classifier                            # noqa: E402
 from raster import Raster                                                   # noqa: E402
 from support.checkpoints import read_checkpoint                             # noqa: E402
-from support.data import read_data, tokenize, tokens_key                    # noqa: E402
+from support.data import read_data, spread                                  # noqa: E402
 from support.images import make_grid, save_image                            # noqa: E402
-from support.run import (A_GUIDANCE, a_path, make_parser, number,           # noqa: E402
-                         pick_device, read_log, run)
-from train import (TokenizerStage, TransformerStage, make_config,           # noqa: E402
-                   make_vae, seed_everything, train_stage)
+from support.options import (a_guidance, a_path, make_config, make_parser,  # noqa: E402
+                             number)
+from support.run import pick_device, read_log, run                          # noqa: E402
+from support.tokens import key_of_tokens, tokenize                          # noqa: E402
+from tokenizer import VQVAE                                                 # noqa: E402
+from train import TokenizerStage, TransformerStage, train_stage             # noqa: E402
 from var import VAR                                                         # noqa: E402
 
 # ---- What the paper's components are compared with ----
@@ -81,7 +83,7 @@ def train_or_load(make_stage, config, tokens=None):
     """The stage that make_stage() returns, trained, in evaluation mode and without gradients.
 
     It is trained in config.out: continued where it was interrupted, and only loaded if ckpt.pt
-    there is complete. tokens: the tokens_key() of what a transformer is trained on. A checkpoint
+    there is complete. tokens: the key_of_tokens() that a transformer is trained on. A checkpoint
     with other settings or of other tokens is replaced.
     """
     trained_on, path = dict(config=config.settings(), tokens=tokens), config.out / 'ckpt.pt'
@@ -90,7 +92,7 @@ def train_or_load(make_stage, config, tokens=None):
     if any(state.get(name) != value for name, value in trained_on.items()):
         state = dict(trained_on, step=0, optimizer=None)
         (config.out / 'log.csv').unlink(missing_ok=True)
-    seed_everything(config.seed)
+    torch.manual_seed(config.seed)
     stage = make_stage().to(config.device)
     if state['step'] < stage.steps:
         train_stage(stage, state)
@@ -101,11 +103,22 @@ def train_or_load(make_stage, config, tokens=None):
 
 
 def train_tokenizer(config, train, val):
-    """The VQVAE of a config, trained; the stored tokens of all training and all validation images,
-    as tokenize() returns them; and their tokens_key()."""
-    vae = train_or_load(lambda: TokenizerStage(config, make_vae(config), train, val), config).vae
-    stored, stored_val = tokenize(vae, train, config, 'train'), tokenize(vae, val, config, 'val')
-    return vae, stored, stored_val, tokens_key(vae, train, config.views, config)
+    """The VQVAE of a config, trained; the stored tokens of training and validation images, as
+    tokenize_both() returns them."""
+    def make_stage():
+        vae = VQVAE(config.patch_nums, config.vocab_size, ch=config.ch, **config.network)
+        return TokenizerStage(config, vae, train, val)
+
+    vae = train_or_load(make_stage, config).vae
+    return vae, *tokenize_both(vae, train, val, config)
+
+
+def tokenize_both(vae, train, val, config):
+    """The stored tokens of all training images and of a thousand validation images, as tokenize()
+    returns them, and their key_of_tokens()."""
+    stored = tokenize(vae, train, range(len(train)), config, 'train', config.views)
+    stored_val = tokenize(vae, val, spread(len(val), 1000), config, 'val')
+    return stored, stored_val, key_of_tokens(vae, train, config.views, config)
 
 
 def train_transformer(config, num_classes, vae, stored, stored_val, key, model, normalised):
@@ -135,7 +148,7 @@ def parse():
     add('--tokenizer-steps', type=number(int, 1), default=900,
         help='of both tokenizers, that with all scales and that with one [900]')
     add('--top-k', type=number(int, 0), default=40, help='likeliest codes [40]')
-    add('--cfg', type=number(*A_GUIDANCE), default=4., help='guidance of the last scale [4]')
+    add('--cfg', type=a_guidance, default=4., help='guidance of the last scale [4]')
     add('--n', type=number(int, 1), default=50, help='samples per class [50]')
     add('--judge-steps', type=number(int, 1), default=400, help='of the classifier [400]')
     add('--out', type=a_path, default='ablation', help='folder for everything [ablation]')
@@ -165,8 +178,8 @@ def main():
     device = pick_device(args.device)
     # Every tokenizer has the plain losses, whatever the preset of the data has.
     base = dict(data=args.data, size=32, steps=args.steps, tokenizer_steps=args.tokenizer_steps,
-                perceptual=0., adversarial=0., device=device)
-    config = make_config(base, {})
+                perceptual=0., adversarial=0., device=device, run=0)
+    config = make_config(base)
     train, val, classes, _ = read_data(config)
     classifier, real = train_classifier(train, val, classes, args.judge_steps, device)
 
@@ -174,7 +187,7 @@ def main():
     patch_nums = {'raster': config.patch_nums[-1:], 'scales': config.patch_nums}
     tokenized = {}
     for name, sides in patch_nums.items():
-        config = make_config(dict(base, patch_nums=sides, out=args.out / name), {})
+        config = make_config(dict(base, patch_nums=sides, out=args.out / name))
         vae, *stored = train_tokenizer(config, train, val)
         tokenized[name] = [Raster(vae) if name == 'raster' else vae, *stored]
 
@@ -185,15 +198,16 @@ def main():
         vae = tokenized[tokens][0]
         if folder not in trained:
             config = make_config(dict(base, patch_nums=patch_nums[tokens], depth=depth,
-                                      out=args.out / folder), {})
+                                      out=args.out / folder))
             trained[folder] = train_transformer(config, len(classes), *tokenized[tokens], model,
                                                 normalised)
         var, loss = trained[folder]
 
-        draw_classes(vae, var, 1, device, sampling)     # the first passes on a GPU take longer
-        began = time.time()
-        samples = draw_classes(vae, var, args.n, device, sampling)          # (C, n, H, W, 3)
-        seconds = time.time() - began
+        every = torch.arange(len(classes))
+        draw_classes(vae, var, 1, every, sampling)      # the first passes on a GPU take longer
+        began = time.monotonic()
+        samples = draw_classes(vae, var, args.n, every, sampling)           # (C, n, H, W, 3)
+        seconds = time.monotonic() - began
         baseline_seconds = baseline_seconds or seconds  # the first row is raster-scan AR
         shares, distance = classifier.grade(samples, real)
         loss_text = f'{loss:.3f}' if tokens == 'scales' else ''

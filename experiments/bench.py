@@ -29,8 +29,9 @@ import matplotlib.pyplot as plt                                             # no
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from raster import Raster                                                   # noqa: E402
-from support.run import (a_path, cast_linear_weights, choose_precision,     # noqa: E402
-                         make_parser, number, pick_device, precision, run)
+from support.options import a_path, make_parser, number                     # noqa: E402
+from support.run import (cast_linear_weights, choose_precision,             # noqa: E402
+                         pick_device, precision, run)
 from tokenizer import VQVAE                                                 # noqa: E402
 from var import VAR                                                         # noqa: E402
 
@@ -87,10 +88,10 @@ def peak_memory(device):
 def training(vae, d, B, device, compiled):
     """Seconds of a forward and a backward pass of VAR on B images, and the FLOP that it takes."""
     var = VAR(depth=d).to(device).train()
-    tokens = [torch.randint(var.vocab_size, (B, p * p), device=device) for p in var.patch_nums]
+    maps = [torch.randint(var.vocab_size, (B, p * p), device=device) for p in var.patch_nums]
     labels = torch.randint(var.num_classes, (B,), device=device)            # (B,)
-    x = vae.var_input(tokens)                                               # (B, L - l, z)
-    targets = torch.cat(tokens, dim=1)                                      # (B, L)
+    x = vae.var_input(maps)                                                 # (B, L - l, z)
+    targets = torch.cat(maps, dim=1)                                        # (B, L)
 
     def step():
         with precision(device):
@@ -106,38 +107,31 @@ def training(vae, d, B, device, compiled):
     return seconds_of(step, device), counter.get_total_flops()
 
 
-def without_decoder(patch_nums, device):
-    """A tokenizer with these scales and the official codes, whose image is f_hat itself."""
-    vae = VQVAE(patch_nums, ch=32, ch_mult=(1,)).to(device).eval()
-    vae.to_image = lambda f_hat: f_hat
-    return vae
-
-
-def generation(vae, var, B, device):
-    """Seconds for B guided images, sampled as the release does. vae: a VQVAE or a Raster."""
+def sampling(vae, d, B, device):
+    """Seconds for B guided images, sampled as the release does: for their tokens, and for all. vae:
+    a VQVAE or a Raster, whose scales the transformer has."""
+    var = cast_linear_weights(VAR(vae.patch_nums, d).eval(), device)
     labels = torch.arange(B, device=device) % var.num_classes               # (B,)
 
     def generate():
         with precision(device):
-            var.generate(vae, labels, cfg=1.5, top_k=900, top_p=0.96)
+            return var.generate(vae, labels, cfg=1.5, top_k=900, top_p=0.96)
 
-    return seconds_of(generate, device)
+    def generate_and_decode():
+        maps = generate()
+        with precision(device):
+            vae.decode(maps)
 
-
-def sampling(vae, d, B, device):
-    """Seconds for B images of 256 px: in all, and without the decoder."""
-    var = cast_linear_weights(VAR(depth=d).eval(), device)
-    alone = without_decoder(vae.patch_nums, device)
-    return generation(vae, var, B, device), generation(alone, var, B, device)
+    return seconds_of(generate, device), seconds_of(generate_and_decode, device)
 
 
 def baseline(n, d, device):
     """Seconds for the tokens of one guided image, whose last map is (n, n): by VAR, and by
     raster-scan AR with cached keys and values."""
     seconds = []
-    for vae in (without_decoder(GRIDS[n], device), Raster(without_decoder((n,), device))):
-        var = cast_linear_weights(VAR(vae.patch_nums, d).eval(), device)
-        seconds.append(generation(vae, var, 1, device))
+    for sides, kind in ((GRIDS[n], lambda vae: vae), ((n,), Raster)):
+        vae = VQVAE(sides, ch=32, ch_mult=(1,)).to(device).eval()
+        seconds.append(sampling(kind(vae), d, 1, device)[0])
     return seconds
 
 
@@ -201,10 +195,10 @@ def main():
     B, vae = args.batch, VQVAE().to(device).eval().requires_grad_(False)
     images = torch.rand(B, 3, 256, 256, device=device) * 2 - 1              # (B, 3, H, W)
     with precision(device):
-        tokens = vae.encode(images)                                         # K of (B, l)
+        maps = vae.encode(images)                                           # K of (B, l)
         report(f'tokenizer, batch {B}', {
             'ms per image to encode': 1e3 * seconds_of(lambda: vae.encode(images), device) / B,
-            'ms per image to decode': 1e3 * seconds_of(lambda: vae.decode(tokens), device) / B})
+            'ms per image to decode': 1e3 * seconds_of(lambda: vae.decode(maps), device) / B})
 
     for d in args.depths:
         for compiled in [False, True] if args.compile else [False]:
@@ -214,7 +208,7 @@ def main():
                 'images/s': B / seconds, 'of peak matmul throughput': flop / seconds / peak})
     for d in args.depths:
         for n in args.draw:
-            total, alone = sampling(vae, d, n, device)
+            alone, total = sampling(vae, d, n, device)
             report(f'sampling depth {d}, batch {n}', {
                 'ms': 1e3 * total, 'ms without the decoder': 1e3 * alone,
                 'ms of the decoder': 1e3 * (total - alone), 'images/s': n / total})

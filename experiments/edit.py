@@ -4,7 +4,8 @@
     python experiments/edit.py photo.jpg --box .25,.25,.75,.75 --cls 284    # as class 284
     python experiments/edit.py photo.jpg --box 0,0,1,.5 --outside           # out-painting
 
-The white part of the mask, or the inside of the boxes, is generated; the rest is kept. Without
+The white part of the mask, or the inside of the boxes, is generated; the rest is kept. A mask of
+another shape is stretched over the photograph; where it is transparent, it marks nothing. Without
 --cls the label is "no class", as in the paper's in- and out-painting. The sheet shows in each row
 the photograph, the part that is kept, and the results. The tokens that are kept are those of the
 whole photograph, so that the kept part shows the tokenizer's own errors; --paste puts the
@@ -14,6 +15,7 @@ Letters: N images in all, H x W pixels, P side of the last token map, K scales, 
 """
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +23,12 @@ import torch
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import batch_seed, classes_of, load_both                        # noqa: E402
-from support.images import (batch_size, crop, image_file, make_grid,        # noqa: E402
-                            open_image, save_image, to_tensor, to_uint8)
-from support.run import (A_GUIDANCE, A_SEED, UserError, a_path,             # noqa: E402
-                         cast_linear_weights, make_parser, number, pick_device,
-                         precision, run)
+from sample import collect, draw_all, labels_of, load_both                  # noqa: E402
+from support.images import (crop, image_file, make_grid, open_image,        # noqa: E402
+                            save_image, to_tensor)
+from support.options import a_guidance, a_path, a_seed, make_parser, number     # noqa: E402
+from support.run import (UserError, cast_linear_weights, pick_device,       # noqa: E402
+                         rank_and_world, run)
 
 
 def parse_box(text):
@@ -84,43 +86,44 @@ def parse():
     add('--n', type=number(int, 1), default=4, help='images per class [4]')
     add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
     add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
-    add('--cfg', type=number(*A_GUIDANCE), help='guidance of the last scale [of the checkpoint]')
-    add('--seed', type=number(*A_SEED), default=0, help='the same seed, the same images')
+    add('--cfg', type=a_guidance, help='guidance of the last scale [of the checkpoint]')
+    add('--seed', type=a_seed, default=0, help='the same seed, the same images')
     add('--out', type=image_file, default='edited.png', help='the sheet, a row per class')
     add('--device', help='cuda or cpu [the best there is]')
     return parser.parse_args()
 
 
-@torch.no_grad()
+def open_both(photo_file, mask_file, size):
+    """Photograph uint8 (size, size, 3) and mask uint8 (size, size), or None without a mask file."""
+    photo, mask = open_image(photo_file, size), None
+    if mask_file:
+        whole = open_image(mask_file, size, behind='black').resize(photo.size)
+        mask = crop(whole, size)[..., 0]
+    return crop(photo, size), mask
+
+
 def main():
     args = parse()
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
     vae, var, size = vae.to(device), cast_linear_weights(var, device), vae.image_size
-    classes = [var.num_classes]                                 # "no class"
-    if args.cls:
-        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
-                             ckpt.get('words', []))
+    labels = labels_of(args, ckpt, var, [var.num_classes])                  # (N,), "no class"
     options = dict(ckpt['sampling'])
     if args.cfg is not None:
         options['cfg'] = args.cfg
-    photo = crop(open_image(args.photo, size), size)                        # (H, W, 3)
-    mask = crop(open_image(args.mask, size), size)[..., 0] if args.mask else None
+    photo, mask = open_both(args.photo, args.mask, size)
     new, pixels = new_positions(vae.patch_nums[-1], size, args.box, mask, args.outside)
     keep = torch.from_numpy(~new).to(device)                                # (P, P)
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
-    labels = torch.tensor(classes).repeat_interleave(args.n)                # (N,)
-    drawn = []
-    for index, part in enumerate(labels.split(batch_size(size))):
-        with precision(device):
-            images = var.generate(vae, part, given=given, keep=keep,
-                                  seed=batch_seed(args.seed, index), **options)
-        drawn.append(to_uint8(images))
-    drawn = np.concatenate(drawn)                                           # (N, H, W, 3)
+    generate = partial(var.generate, vae, given=given, keep=keep, **options)
+    frames = collect(draw_all(vae, generate, labels, args.seed), len(labels))
+    if rank_and_world()[0] > 0:
+        return
+    drawn = frames[:, -1]                                                   # (N, H, W, 3)
     if args.paste:
         drawn = paste(photo, drawn, pixels)
     kept = np.where(pixels[..., None], np.uint8(128), photo)                # (H, W, 3)
-    rows = [np.stack([photo, kept, *row]) for row in np.split(drawn, len(classes))]
+    rows = [np.stack([photo, kept, *row]) for row in np.split(drawn, len(drawn) // args.n)]
     save_image(args.out, [make_grid(rows)])
     print(f'drew {len(drawn)} images; wrote {args.out}')
 

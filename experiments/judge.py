@@ -5,9 +5,9 @@
 
 Paper: the metrics of Section 5.1 and Table 1, at a size where FID and IS say little. The classifier
 is trained on the training images and tested on the validation images. Then 50 samples per class are
-drawn with the checkpoint's own guidance and top-k (class c has seed c). Prints the share of the
-samples that is classified correctly, as the class that was asked for, and the Frechet distance of
-their features from those of the validation images. Such a distance is comparable only with others
+drawn with the checkpoint's own guidance and top-k. Prints the share of the samples that is
+classified correctly, as the class that was asked for, and the Frechet distance of their features
+from those of the validation images. Such a distance is comparable only with others
 of the same classifier and of the same number of samples. It takes images of 32 or 64 px. Writes no
 files.
 
@@ -18,20 +18,20 @@ and a network trained on all of ImageNet 74.2 %, or 16.0 % when it chooses among
 Letters: N images of a set, B of a batch, H their side, n samples per class, C classes.
 """
 import sys
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import check_classes, data_config                             # noqa: E402
-from sample import load_both                                                # noqa: E402
+from evaluate import data_config, match_classes                             # noqa: E402
+from sample import collect, draw_all, load_both                             # noqa: E402
 from support.data import read_data                                          # noqa: E402
-from support.images import to_tensor, to_uint8                              # noqa: E402
-from support.run import (UserError, a_path, make_parser, number,            # noqa: E402
-                         pick_device, precision, run)
+from support.images import to_tensor                                        # noqa: E402
+from support.options import a_path, make_parser, number                     # noqa: E402
+from support.run import UserError, pick_device, run                         # noqa: E402
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -135,15 +135,11 @@ def train_classifier(train, val, classes, steps, device, n=5000, mirror=False):
     return classifier, features
 
 
-@torch.no_grad()
-def draw_classes(vae, var, n, device, sampling):
-    """n samples of each class, whose index is the seed: uint8 (C, n, H, W, 3)."""
-    samples = []
-    for c in range(var.num_classes):
-        with precision(device):
-            images = var.generate(vae, [c] * n, seed=c, **sampling)         # (n, 3, H, W)
-        samples.append(to_uint8(images))
-    return np.stack(samples)
+def draw_classes(vae, var, n, indices, sampling):
+    """n samples of each class of `indices` (C,), a tensor: uint8 (C, n, H, W, 3)."""
+    labels = indices.repeat_interleave(n)
+    frames = collect(draw_all(vae, partial(var.generate, vae, **sampling), labels), len(labels))
+    return frames[:, -1].reshape(len(indices), n, *frames.shape[2:])
 
 
 def main():
@@ -159,10 +155,10 @@ def main():
     vae, var, ckpt = load_both(args.ckpt)
     config = data_config(ckpt, vae.image_size, args.data)
     train, val, classes, _ = read_data(config)
-    check_classes(classes, config, ckpt, var)
+    indices = match_classes(classes, ckpt, var)
     classifier, real = train_classifier(train, val, classes, args.steps, device,
                                         mirror=config.flip)
-    samples = draw_classes(vae.to(device), var.to(device), args.n, device, ckpt['sampling'])
+    samples = draw_classes(vae.to(device), var.to(device), args.n, indices, ckpt['sampling'])
     shares, distance = classifier.grade(samples, real)
     for name, share in zip(classes, shares.tolist()):
         print(f'{name:>10}: {share:.0%} of {args.n} samples')

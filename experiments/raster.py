@@ -17,26 +17,29 @@ class Raster:
 
     def __init__(self, vae):
         self.vae = vae
+        self.image_size = vae.image_size
         self.embedding = vae.quantize.embedding
         self.quantize = self                            # VAR calls vae.quantize.add_scale, .shrink
         self.patch_nums = (1,) * vae.patch_nums[-1] ** 2        # those of the transformer
 
-    def var_input(self, tokens):
+    def var_input(self, maps):
         """n * n tokens, (B, 1) each -> the embeddings of all but the last: (B, n * n - 1, z)."""
-        row = torch.cat(list(tokens), dim=1)                                # (B, n * n)
+        row = torch.cat(list(maps), dim=1)                                  # (B, n * n)
         return self.embedding(row[:, :-1])
 
-    def add_scale(self, previous, k, z_k):
-        """The embeddings so far and one more: (B, k, z) and (B, 1, z) -> (B, k + 1, z)."""
-        if k == 0:
-            return z_k
-        return torch.cat([previous, z_k], dim=1)
+    def empty(self, B):
+        """No embeddings yet: (B, 0, z)."""
+        codes = self.embedding.weight
+        return codes.new_zeros(B, 0, codes.shape[1])
+
+    def add_scale(self, previous, k, r_k):
+        """The embeddings so far and that of one more token: (B, k, z), (B, 1) -> (B, k + 1, z)."""
+        return torch.cat([previous, self.embedding(r_k)], dim=1)
 
     def shrink(self, embeddings, k):
         """The transformer's next input is the embedding that was drawn last: (B, 1, z)."""
         return embeddings[:, -1:]
 
-    def to_image(self, embeddings):
-        """The embeddings of all tokens (B, n * n, z) -> images (B, 3, H, W)."""
-        f_hat = self.vae.quantize.add_scale(0, 0, embeddings)               # (B, z, n, n)
-        return self.vae.to_image(f_hat)
+    def decode(self, maps):
+        """n * n tokens, (B, 1) each -> images (B, 3, H, W) in [-1, 1]."""
+        return self.vae.decode([torch.cat(maps, dim=1)])

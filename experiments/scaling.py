@@ -27,14 +27,13 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt                                             # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ablation import train_or_load                                          # noqa: E402
-from evaluate import check_classes                                          # noqa: E402
-from sample import load_both                                                # noqa: E402
-from support.data import read_data, tokenize, tokens_key                    # noqa: E402
+from ablation import tokenize_both, train_or_load                           # noqa: E402
+from support.checkpoints import load                                        # noqa: E402
+from support.data import read_data                                          # noqa: E402
 from support.images import make_grid, save_image, to_uint8                  # noqa: E402
-from support.run import (UserError, a_path, make_parser, number,            # noqa: E402
-                         pick_device, read_log, run, write_file)
-from train import TransformerStage, make_config                             # noqa: E402
+from support.options import a_path, make_config, make_parser, number        # noqa: E402
+from support.run import UserError, pick_device, read_log, run, write_file   # noqa: E402
+from train import TransformerStage                                          # noqa: E402
 from var import VAR                                                         # noqa: E402
 
 FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
@@ -97,12 +96,13 @@ def pareto_front(points):
 class ScalingStage(TransformerStage):
     """Also stores, at every evaluation, a sample of each of the first four classes, for Fig. 7."""
 
-    def evaluate(self):
+    def evaluate(self, step):
         classes = list(range(min(4, self.var.num_classes)))
-        images = to_uint8(self.var.generate(self.vae, classes, seed=0, **self.config.sampling))
-        path = self.config.out / f'samples-{self.step}.npy'
-        write_file(path, lambda f: np.save(f, images))                      # (4, H, W, 3)
-        return super().evaluate()
+        maps = self.var.generate(self.vae, classes, seed=0, **self.config.sampling)
+        images = to_uint8(self.vae.decode(maps))                            # (4, H, W, 3)
+        path = self.config.out / f'samples-{step}.npy'
+        write_file(path, lambda f: np.save(f, images))
+        return super().evaluate(step)
 
 
 def read_course(folder):
@@ -184,20 +184,17 @@ def parse():
 def main():
     args = parse()
     device = pick_device(args.device)
-    vae, var, ckpt = load_both(args.ckpt)
+    vae, _, ckpt = load(args.ckpt)
     if 'config' not in ckpt:
         raise UserError(f'{args.ckpt} was not made by train.py')
     vae = vae.to(device).requires_grad_(False)
-    base = dict(steps=args.steps, batch=args.batch, device=device)
+    base = dict(steps=args.steps, batch=args.batch, device=device, run=0)
     if args.data:
         base['data'] = args.data
     # Tokens go to the folder of the first depth, where no other machine writes.
     config = make_config(dict(base, out=args.out / f'd{args.depths[0]}'), ckpt['config'])
     train, val, classes, _ = read_data(config)
-    check_classes(classes, config, ckpt, var)
-    stored = tokenize(vae, train, config, 'train', config.views)
-    stored_val = tokenize(vae, val, config, 'val')
-    key = tokens_key(vae, train, config.views, config)
+    stored, stored_val, key = tokenize_both(vae, train, val, config)
     V, z = vae.quantize.embedding.weight.shape
     runs = []
     for depth in args.depths:

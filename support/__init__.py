@@ -1,9 +1,12 @@
 """What is not the paper's, a room each. A room imports only from those above it.
 
-run          errors in one line, options, devices, precision, processes, the log, atomic files
-images       image files, arrays and tensors; grids
-losses       L_P and L_G of equation (5)
-checkpoints  files of weights: released ones, and those of train.py
+run          errors in one line, devices, precision, processes, random numbers, log, files, folders
 folders      layouts of folders of images: classes, training, validation
-data         drawn shapes, CIFAR-10, sets of images, crops, stored tokens
+options      types of options; those of train.py as a table, with their values at each size
+images       image files, arrays and tensors; grids
+checkpoints  files of weights: released ones, and those of train.py; the models of a run
+losses       L_P and L_G of equation (5)
+grade        PSNR, SSIM and codebook usage; loss and token error per scale
+data         drawn shapes, CIFAR-10, sets of images, crops
+tokens       stored tokens, for stage 2
 """

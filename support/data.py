@@ -1,25 +1,22 @@
-"""Images to train on: drawn shapes, CIFAR-10, those of folders; crops; and the stored tokens.
+"""Images to train on: drawn shapes, CIFAR-10, those of folders; and their crops.
 
-Letters: B images per batch, N images of a set, L tokens of all scales.
+Letters: B images per batch, N images of a set.
 """
 import os
-import shutil
 import tarfile
-import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from support.checkpoints import fetch
-from support.folders import class_words, read_folder
-from support.images import batch_size, crop, open_image, to_tensor
-from support.run import (UserError, nfc, rank_and_world, reason, say, tell, wait_for_all,
-                         write_file)
+from support.folders import cifar10_path, class_words, read_folder
+from support.images import batch_size, crop, open_image
+from support.run import UserError, nfc, rank_and_world, reason, same_everywhere, say, tell
 
 # ---- Drawn shapes ----
 
@@ -67,16 +64,6 @@ CIFAR10 = ('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
            'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
 
 
-def cifar10_path(data):
-    """The archive or the folder of CIFAR-10 in binary form that a path means, or None."""
-    for name in ('', 'cifar-10-batches-bin', 'cifar-10-binary.tar.gz'):
-        path = Path(data) / name
-        is_archive = path.is_file() and path.name.endswith('.tar.gz')
-        if is_archive or (path / 'test_batch.bin').is_file():
-            return path
-    return None
-
-
 def cifar10(path):
     """Training set and validation set, each uint8 (N, 32, 32, 3) and int64 (N,), and the classes.
 
@@ -109,7 +96,7 @@ def cifar10(path):
 
 def subset(pair, chosen, limit):
     """Items (N, ...) and labels (N,) of the chosen classes alone, at most `limit` of each (0: all).
-    The labels become places in `chosen`, indices of classes."""
+    The labels become indices in `chosen`."""
     items, labels = pair
     rows = [np.flatnonzero(labels == c)[:limit or None] for c in chosen]
     new_labels = np.repeat(np.arange(len(chosen)), [len(part) for part in rows])
@@ -123,17 +110,25 @@ def spread(N, n):
     return [i * N // n for i in range(n)]
 
 
-class ImageSet(torch.utils.data.Dataset):
-    """A labelled set of images: uint8 (N, H, W, 3), or file names (N,) below a folder.
+class Request(NamedTuple):
+    """One crop of one image of a set.
 
-    An item is asked for as (index, draw, mirror). draw: None for the centre crop, or the seed of a
-    random one. mirror: whether the image is flipped left to right.
+    draw: None for the centre, or the seed of a random crop. mirror: whether it is flipped left to
+    right. replace: whether another image, which draw chooses, takes the place of an unreadable one.
     """
+    index: int
+    draw: tuple | None = None
+    mirror: bool = False
+    replace: bool = False
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """A labelled set of images: uint8 (N, H, W, 3), or file names (N,) below a folder."""
+    tries = 100                 # for an image that can be read
 
     def __init__(self, items, labels, size, folder=''):
         self.items, self.labels, self.size, self.folder = items, labels, size, str(folder)
         self.reported = set()       # files that could not be read
-        self.chosen = {}            # what some() has read
 
     def __len__(self):
         return len(self.items)
@@ -141,20 +136,29 @@ class ImageSet(torch.utils.data.Dataset):
     def path(self, index):
         return os.path.join(self.folder, os.fsdecode(self.items[index]))
 
-    def __getitem__(self, request):
-        """The index; uint8 (size, size, 3), or None if the file cannot be read; and why."""
-        index, draw, mirror = request
-        try:
-            if self.items.ndim > 1:
-                image = Image.fromarray(self.items[index])
-            else:
-                image = open_image(self.path(index), self.size)
-        except UserError as e:
-            return index, None, str(e)
+    def read(self, request):
+        """The crop of a Request, uint8 (size, size, 3). UserError if the file cannot be read."""
+        if self.items.ndim > 1:
+            image = Image.fromarray(self.items[request.index])
+        else:
+            image = open_image(self.path(request.index), self.size)
         # The release makes the shorter side 1.125 x size. Here a small image is not enlarged to it.
-        rng = np.random.default_rng(draw) if draw is not None else None
-        pixels = crop(image, self.size, 1.125, rng)                         # (size, size, 3)
-        return index, pixels[:, ::-1] if mirror else pixels, ''
+        rng = None if request.draw is None else np.random.default_rng(request.draw)
+        pixels = crop(image, self.size, 1.125, rng)
+        return pixels[:, ::-1] if request.mirror else pixels
+
+    def __getitem__(self, request):
+        """The index that was read; its crop, or None if it cannot be read; and all errors."""
+        errors = []
+        for attempt in range(self.tries if request.replace else 1):
+            try:
+                return request.index, self.read(request), errors
+            except UserError as e:
+                errors.append(str(e))
+            if request.replace:
+                other = np.random.default_rng((*request.draw, 2, attempt)).integers(len(self))
+                request = request._replace(index=int(other))
+        return request.index, None, errors
 
     def collate(self, items):
         """The readable images as an array: it comes from the workers through a pipe, where a tensor
@@ -163,10 +167,10 @@ class ImageSet(torch.utils.data.Dataset):
         pixels = np.empty((len(good), self.size, self.size, 3), np.uint8)
         for row, (_, image) in zip(pixels, good):
             row[:] = image
-        return pixels, [index for index, _ in good], [error for *_, error in items if error]
+        return pixels, [index for index, _ in good], [e for *_, errors in items for e in errors]
 
     def load(self, batches, workers=0):
-        """For each list of requests: images (B, size, size, 3) uint8, and indices (B,) int64.
+        """For each list of Requests: images (B, size, size, 3) uint8, and indices (B,) int64.
 
         Files that cannot be read are left out. The first ten are named.
         """
@@ -179,26 +183,33 @@ class ImageSet(torch.utils.data.Dataset):
                     say(f'left out: {message}')
             yield torch.from_numpy(images), torch.tensor(indices, dtype=torch.int64)
 
-    def centres(self, n):
-        """Requests for the centre crops of n images, evenly spread, in batches that fit."""
-        requests, B = [(i, None, False) for i in spread(len(self), n)], batch_size(self.size)
-        return [requests[start:start + B] for start in range(0, len(requests), B)]
+    def centres(self, n, workers=0):
+        """The centre crops of n images, evenly spread, in batches that fit, as load() yields them.
+        UserError if none can be read."""
+        chosen, B, found = spread(len(self), n), batch_size(self.size), 0
+        batches = [[Request(i) for i in chosen[start:start + B]]
+                   for start in range(0, len(chosen), B)]
+        for images, indices in self.load(batches, workers):
+            found += len(images)
+            if len(images) > 0:
+                yield images, indices
+        if found == 0:
+            raise UserError('none of the images can be read')
 
     def some(self, n, workers=0):
-        """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,). They are read at
-        the first call and kept. UserError if none can be read."""
-        if n not in self.chosen:
-            images, indices = map(torch.cat, zip(*self.load(self.centres(n), workers)))
-            if len(images) == 0:
-                raise UserError('none of the images can be read')
-            self.chosen[n] = images, torch.from_numpy(self.labels)[indices]
-        return self.chosen[n]
+        """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,)."""
+        images, indices = map(torch.cat, zip(*self.centres(n, workers)))
+        return images, torch.from_numpy(self.labels)[indices]
 
 
 def read_data(config):
-    """Two ImageSets, for training and validation, and the classes and words for them."""
+    """Two ImageSets, for training and validation, and the classes and words for them. UserError
+    where the processes of a run find different ones."""
     path = fetch(*CIFAR10) if config.data == 'cifar10' else cifar10_path(config.data)
     folder = ''
+    if config.data in ('shapes', 'cifar10') and Path(config.data).is_dir():
+        tell(f'--data {config.data} does not mean the folder of that name here: for that one, '
+             f'./{config.data}')
     if config.data == 'shapes':
         train, val = shapes(8000, config.size, seed=1), shapes(1000, config.size, seed=2)
         classes = list(SHAPES)
@@ -219,16 +230,20 @@ def read_data(config):
         if not len(train[0]) or not len(val[0]):
             raise UserError('--classes: no images are left for training or validation')
     words = class_words(folder, classes) if folder else [''] * len(classes)
+    if not same_everywhere([zlib.crc32(np.ascontiguousarray(x)) for x in (*train, *val)]):
+        raise UserError(f'--data {config.data}: not all processes find the same images there: make '
+                        'the copies on all machines the same')
     train = ImageSet(*train, config.size, folder)
     val = ImageSet(*val, config.size, folder)
     return train, val, classes, words
 
 
 def step_rows(n, batch, seed, start, stop):
-    """For each step from start: the rows of this process's part of the batch, [(row, place)].
+    """For each step from start: what this process's part of the batch is made of, as pairs (row,
+    place): one of n rows, and its place in the run, from 0.
 
-    Every epoch is one permutation of the n rows. A row depends only on its place in the run, so
-    that a resumed run sees the same rows.
+    Every epoch is one permutation of the n rows. A row depends only on its place, so that a resumed
+    run sees the same rows.
     """
     rank, world = rank_and_world()
 
@@ -244,86 +259,19 @@ def step_rows(n, batch, seed, start, stop):
 
 def random_crops(images, config, batch, start, stop):
     """For each step from start: images (B, size, size, 3) uint8 for this process. Crops and, with
-    config.flip, mirroring are random. UserError if no image of a step can be read."""
+    config.flip, mirroring are random. In the place of an unreadable image comes another. UserError
+    if none is found."""
     def requests():
         for rows in step_rows(len(images), batch, config.seed, start, stop):
-            draws = [(row, (config.seed, place)) for row, place in rows]
-            yield [(row, draw, config.flip and np.random.default_rng((*draw, 1)).random() < 0.5)
-                   for row, draw in draws]
+            crops = []
+            for row, place in rows:
+                draw = (config.seed, place)
+                mirror = config.flip and np.random.default_rng((*draw, 1)).random() < 0.5
+                crops.append(Request(row, draw, mirror, replace=True))
+            yield crops
 
     for pixels, _ in images.load(requests(), config.workers):
-        if len(pixels) == 0:
-            raise UserError('no image of a whole batch can be read: see the files named above')
+        if len(pixels) < batch // rank_and_world()[1]:
+            raise UserError(f'{images.tries} images in a row cannot be read: see the files named '
+                            'above')
         yield pixels
-
-
-# ---- Stored tokens: stage 2 never runs the encoder ----
-
-PER_FILE = 2000         # images
-
-
-def tokens_key(vae, images, views, config):
-    """A number that tells apart tokenizers, the paths of images, and how these are cropped."""
-    crops = (views, config.flip, config.seed) if views > 1 else views
-    folder = os.path.abspath(images.folder)
-    key = zlib.crc32(repr((vae.patch_nums, images.size, crops, folder)).encode())
-    key = zlib.crc32(np.ascontiguousarray(images.items), key)
-    for weights in vae.state_dict().values():
-        key = zlib.crc32(weights.cpu().numpy().tobytes(), key)
-    key = torch.tensor([key], device=config.device)
-    if dist.is_initialized():       # a GPU may have rounded the weights of each in its own way
-        dist.broadcast(key, 0)
-    return int(key)
-
-
-@torch.no_grad()
-def tokenize(vae, images, config, name, views=1):
-    """Tokens of all readable images and their labels: uint16 (N, views, L), and int64 (N,).
-
-    The first view is the centre crop, the others are random ones; with flip, every second view is
-    mirrored. They are stored in --out, PER_FILE images in a file that is written whole. The
-    processes, of one machine or of several that share --out, make a part of the files each, and a
-    run that was killed makes those that are not there. UserError if no image can be read.
-    """
-    rank, world = rank_and_world()
-    folder = config.out / f'tokens-{name}-{tokens_key(vae, images, views, config):08x}'
-    if rank == 0:
-        for old in config.out.glob(f'tokens-{name}-*'):
-            if old != folder:                           # of another tokenizer or other images
-                shutil.rmtree(old, ignore_errors=True)
-    N, L = len(images), sum(p * p for p in vae.patch_nums)
-    starts, B, began = range(0, N, PER_FILE), batch_size(images.size), time.time()
-    missing = [start for start in starts[rank::world] if not (folder / f'{start}.npz').exists()]
-    for done, start in enumerate(missing, start=1):
-        requests = []
-        for first in range(start, min(start + PER_FILE, N), B):
-            batch = range(first, min(first + B, start + PER_FILE, N))
-            crops = [(i, None, False) for i in batch]
-            for view in range(1, views):
-                mirror = config.flip and view % 2 == 1
-                crops += [(i, (config.seed, view, i), mirror) for i in batch]
-            requests.append(crops)
-        tokens, rows = [np.empty((0, views, L), np.uint16)], [np.empty(0, np.int64)]
-        for pixels, indices in images.load(requests, config.workers):
-            if len(pixels) > 0:
-                # A file can be read in all views or in none.
-                each = [torch.cat(vae.encode(to_tensor(part.to(config.device))), dim=1)
-                        for part in pixels.chunk(views)]                    # (B, L) of each view
-                tokens.append(torch.stack(each, dim=1).cpu().numpy().astype(np.uint16))
-                rows.append(indices.chunk(views)[0].numpy())
-        arrays = dict(tokens=np.concatenate(tokens), rows=np.concatenate(rows))
-        write_file(folder / f'{start}.npz', lambda f: np.savez(f, **arrays))
-        left = (time.time() - began) / done * (len(missing) - done)
-        tell(f'tokens of {name}: {done} of {len(missing)} files, {left:.0f} s left')
-    wait_for_all()
-    tokens, rows = [], []
-    for start in starts:
-        with np.load(folder / f'{start}.npz') as f:
-            tokens.append(f['tokens'])
-            rows.append(f['rows'])
-    labels = images.labels[np.concatenate(rows)]
-    if len(labels) < N:
-        tell(f'left out of {name}: {N - len(labels)} of {N} images, which cannot be read')
-    if len(labels) == 0:
-        raise UserError(f'none of the images for {name} can be read')
-    return np.concatenate(tokens), labels

@@ -13,8 +13,19 @@ LAYOUTS = ('expected are <class>/*, or train/<class>/* with or without val/<clas
            'ImageNet or ImageNet as distributed, or images alone')
 TRAIN_NAMES = ('train', 'training')
 VAL_NAMES = ('val', 'valid', 'validation', 'test')              # the first one that is there
+A_SINGLE_CLASS = 'images'       # a name that does not depend on where the folder lies
 # Folders that systems make beside what people put there.
 NO_CLASSES = ('@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN', 'lost+found')
+
+
+def cifar10_path(data):
+    """The archive or the folder of CIFAR-10 in binary form that a path means, or None."""
+    for name in ('', 'cifar-10-batches-bin', 'cifar-10-binary.tar.gz'):
+        path = Path(data) / name
+        is_archive = path.is_file() and path.name.endswith('.tar.gz')
+        if is_archive or (path / 'test_batch.bin').is_file():
+            return path
+    return None
 
 
 def subfolders(folder):
@@ -29,21 +40,26 @@ def subfolders(folder):
     return sorted(name for name in names if Path(os.path.realpath(folder / name)) not in above)
 
 
+def is_image(name):
+    """Whether a file's name is that of an image that Pillow reads, and not hidden."""
+    ending = os.path.splitext(name)[1].lower()
+    return name[0] != '.' and ending in Image.registered_extensions()
+
+
 def images_in(root, folder, others):
     """Image files at folder/* and folder/images/*, sorted: names relative to root.
 
     As a numpy array of bytes, which takes a tenth of the memory of a list of Path objects. Other
     files are counted in `others`, {ending: number}.
     """
-    endings, names = Image.registered_extensions(), []
+    names = []
     for place in (folder, os.path.join(folder, 'images')):
         if os.path.isdir(root / place):
             for entry in os.scandir(root / place):
-                ending = os.path.splitext(entry.name)[1].lower()
-                if ending in endings and entry.name[0] != '.':
+                if is_image(entry.name):
                     names.append(os.fsencode(os.path.join(place, entry.name)))
                 elif entry.name[0] != '.' and os.path.isfile(entry.path):
-                    others[ending or entry.name] += 1
+                    others[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
     return np.array(sorted(names), dtype=np.bytes_)
 
 
@@ -55,13 +71,24 @@ def class_folders(root, folder, others):
 
 def by_class(root, folder, others):
     """class_folders that have images; or if there are none, {'': the images that lie in it}; {}
-    without images."""
+    without images. UserError where images/ lies beside class folders: one of them could hold masks.
+    """
     loose = images_in(root, folder, others)
     groups = class_folders(root, folder, others)
     found = {name: names for name, names in groups.items() if len(names) > 0}
     empty = [name for name in groups if name not in found]
+    places = {os.path.basename(os.path.dirname(os.fsdecode(name))) for name in loose}
+    if found and 'images' in places:
+        raise UserError(f'{root / folder}: images in images/ and in {min(found)}/ beside it: which '
+                        'are the pictures? Give a folder that holds them alone')
     if found and len(loose) > 0:
         others['images beside the class folders'] += len(loose)
+    for name in found:
+        for place in subfolders(root / folder / name):
+            if place != 'images':
+                deeper = os.walk(root / folder / name / place)
+                others['images in deeper folders'] += sum(is_image(file) for *_, files in deeper
+                                                          for file in files)
     if found and empty:
         tell(f'folders without images, left out: {", ".join(empty)}')
     return found or ({'': loose} if len(loose) > 0 else {})
@@ -70,10 +97,14 @@ def by_class(root, folder, others):
 def find_splits(root):
     """The names of root's subfolders for training and for validation; '' where there is none.
 
-    A class can be called train, as bus and truck can: a folder of this name is for training where
-    it holds class folders, or where no other folder beside it, but for splits, holds images.
+    Digits may follow, as in test1. A class can be called train, as bus and truck can: a folder of
+    this name is for training where it holds class folders, or where no other folder beside it, but
+    for splits, holds images.
     """
-    by_name = {name.lower(): name for name in subfolders(root)}
+    def plain(name):
+        return name.lower().rstrip('0123456789')
+
+    by_name = {plain(name): name for name in reversed(subfolders(root))}
     train = [by_name[name] for name in TRAIN_NAMES if name in by_name]
     val = [by_name[name] for name in VAL_NAMES if name in by_name]
     if not train:
@@ -83,7 +114,7 @@ def find_splits(root):
                 if name != 'images')
     if not any(len(images_in(root, folder, Counter())) > 0 for folder in in_train):
         groups = class_folders(root, '', Counter())
-        classes = {name.lower() for name, names in groups.items() if len(names) > 0}
+        classes = {plain(name) for name, names in groups.items() if len(names) > 0}
         if classes - {*TRAIN_NAMES, *VAL_NAMES}:
             return '', ''
     return train[0], (val[0] if val else '')
@@ -91,7 +122,7 @@ def find_splits(root):
 
 def say_left_out(others):
     """What to say of files that are no images, {ending: number}."""
-    text = ', '.join(f'{number} {ending}' for ending, number in others.most_common(5))
+    text = ', '.join(f'{number} {ending}' for ending, number in others.most_common(5) if number)
     if {'.tar', '.gz', '.tgz', '.zip', '.parquet'} & {*others}:
         text += '; archives have to be unpacked into image files'
     if '.heic' in others:
@@ -119,7 +150,7 @@ def find_root(asked):
                             f'--data {min(found)}')
         if found:
             root, (splits, train, others) = found.popitem()
-            if others:
+            if others.total():
                 tell(f'left out: {say_left_out(others)}')
             return root, splits, train
         level = [folder / name for folder in level for name in subfolders(folder)]
@@ -192,7 +223,7 @@ def read_folder(root):
         raise UserError(f'--data {asked}: fewer than two images; {LAYOUTS}')
     tell(used)
     sets = labelled(train, classes), labelled(val, classes)
-    return *sets, [root.resolve().name] if classes == [''] else classes, root
+    return *sets, [A_SINGLE_CLASS] if classes == [''] else classes, root
 
 
 def class_words(root, classes):
@@ -202,7 +233,10 @@ def class_words(root, classes):
     for folder in (root.resolve(), *root.resolve().parents):
         for path in (folder / 'words.txt', folder / 'LOC_synset_mapping.txt'):
             if path.is_file():
-                for line in path.read_text(errors='replace').splitlines():
+                content = path.read_bytes()
+                utf16 = content[:2] in (b'\xff\xfe', b'\xfe\xff')         # as Windows may save it
+                text = content.decode('utf-16' if utf16 else 'utf-8-sig', errors='replace')
+                for line in text.splitlines():
                     name, _, word = line.strip().partition('\t' if '\t' in line else ' ')
                     words.setdefault(name, word)
     return [words.get(name, '') for name in classes]

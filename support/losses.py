@@ -8,7 +8,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.checkpoints import fetch, read_checkpoint
+from support.run import UserError
 from tokenizer import conv3x3, group_norm
+
+VGG = ('https://download.pytorch.org/models/vgg16-397923af.pth', '397923af')
 
 
 class PerceptualLoss(nn.Module):
@@ -57,6 +61,16 @@ class PerceptualLoss(nn.Module):
         return sum(distances) / len(distances)
 
 
+def perceptual_loss():
+    """L_P with the weights of torchvision's VGG-16, which are downloaded. UserError without them.
+    """
+    path = fetch(*VGG)
+    try:
+        return PerceptualLoss(read_checkpoint(path))
+    except RuntimeError as e:
+        raise UserError(f'{path} is not the VGG-16 of torchvision') from e
+
+
 class PatchDiscriminator(nn.Sequential):
     """(B, 3, H, W) -> (B, 1, H/8, W/8): a score per patch, above 0 for real, below for rebuilt."""
 
@@ -81,16 +95,19 @@ class AdversarialLoss(nn.Module):
         images, rebuilt (B, 3, H, W); others: the sum of the other losses, a scalar; last_layer: the
         weights of the decoder's last layer.
         """
-        # For the decoder the discriminator's weights are constants, and the other way round, so
-        # that one optimizer and one backward pass serve both.
+        # The decoder's term, L_G: it makes `rebuilt` look real. The discriminator's weights are
+        # constants in it, so that its gradient reaches the decoder alone.
         constants = {name: p.detach() for name, p in self.disc.named_parameters()}
         # In float32, because the gradient of a mean, times lambda_G and a scaler, exceeds float16.
         fool = -torch.func.functional_call(self.disc, constants, rebuilt).float().mean()
-        real, fake = self.disc(images).float(), self.disc(rebuilt.detach()).float()
-        judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2            # the discriminator's
+        # The discriminator's term: real images above 1, rebuilt ones below -1. `rebuilt` is a
+        # constant in it, so that its gradient reaches the discriminator alone. One optimizer and
+        # one backward pass of the sum therefore serve both.
+        real = self.disc(images).float()
+        fake = self.disc(rebuilt.detach()).float()
+        judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
         # lambda_G is `share` times the ratio of two gradients at the decoder's last layer: of the
-        # other losses, and of L_G. The factor keeps them from vanishing in float16; their ratio is
-        # the same.
+        # other losses, and of L_G. 4096 keeps both from vanishing in float16, and cancels out.
         norms = []
         for loss in (others, fool):
             (gradient,) = torch.autograd.grad(4096 * loss, last_layer, retain_graph=True)

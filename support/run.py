@@ -1,20 +1,19 @@
-"""What the commands share: errors, options, devices, precision, processes, log, atomic files."""
-import argparse
-import atexit
+"""What the commands share: errors, devices, precision, processes, the log, files and folders."""
 import csv
-import math
 import os
+import sqlite3
 import sys
 import time
 import unicodedata
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-# ---- Errors and options ----
+# ---- Errors ----
 
 
 class UserError(Exception):
@@ -37,54 +36,44 @@ def is_out_of_memory(e):
 def run(main):
     """Runs a command. A UserError or an OSError ends in one line and status 2, Ctrl-C in one line
     and 130. Any other exception is a fault of the program, and keeps its traceback."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors='backslashreplace')           # names that a terminal cannot show
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):                      # a notebook's has no encoding
+            stream.reconfigure(errors='backslashreplace')       # names that a terminal cannot show
+    status, message = 0, ''
     try:
-        return main()
+        main()
+        wait_for_all()                          # until the first process has written its files
     except KeyboardInterrupt:
-        print('stopped', file=sys.stderr)
-        sys.exit(130)                                           # as shells have it: 128 + SIGINT
+        status, message = 130, 'stopped'                        # as shells have it: 128 + SIGINT
     except (UserError, OSError) as e:
-        message = e
+        status, message = 2, f'error: {e}'
     except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
+        status = 2
+        if is_out_of_memory(e):
+            message = ('error: out of memory: try a smaller --batch, in stage 1 a smaller '
+                       '--tokenizer-batch')
+        elif 'DataLoader worker' in str(e):
+            message = ('error: a process that reads images was killed, as happens when memory '
+                       'ends: try a smaller --workers')
+        else:
             raise
-        message = 'out of memory: try a smaller --batch, in stage 1 a smaller --tokenizer-batch'
     with suppress(OSError):                                     # where the terminal is closed
-        print(f'error: {message}', file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-def make_parser(description):
-    """An argparse parser that shows the description as it is written, and a usage of one line."""
-    return argparse.ArgumentParser(description=description, usage='%(prog)s [options], see --help',
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def a_path(text):
-    """An argparse type: a Path. The shell leaves the ~ of --out=~/runs as it is."""
-    return Path(text).expanduser()
+        if message:
+            print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        # A thread of gloo can abort the process while Python ends: it leaves without that.
+        if status == 0:
+            dist.destroy_process_group()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def nfc(text):
     """Text with composed letters: a Mac writes the é of a folder's name as two characters."""
     return unicodedata.normalize('NFC', text)
-
-
-A_SEED = (int, 0, 2 ** 63 - 1)              # what number() takes for a seed and for guidance
-A_GUIDANCE = (float, 0, 100)
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float from low to high."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            limit = f'at least {low}' if high == math.inf else f'from {low} to {high}'
-            raise argparse.ArgumentTypeError(f'{text} is out of range: {limit}')
-        return value
-    convert.__name__ = kind.__name__                            # argparse shows it in its messages
-    return convert
 
 
 # ---- Devices and precision ----
@@ -107,10 +96,12 @@ def pick_device(name=None):
     if world > 1 and not dist.is_initialized():
         # The others wait while one downloads or evaluates: longer than the default of ten minutes.
         on_gpu = device.type == 'cuda'
-        dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=2),
-                                device_id=device if on_gpu else None)
-        # Without this, a thread of the group sometimes aborts the process at its exit.
-        atexit.register(dist.destroy_process_group)
+        try:
+            dist.init_process_group('nccl' if on_gpu else 'gloo', timeout=timedelta(hours=2),
+                                    device_id=device if on_gpu else None)
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f'WORLD_SIZE={world} in the environment asks for several processes: '
+                            f'start by torchrun, or unset it ({reason(e)})') from e
     return device
 
 
@@ -169,6 +160,25 @@ def wait_for_all():
         dist.barrier()
 
 
+def same_everywhere(x):
+    """Whether x, a picklable object, is the same in all processes."""
+    _, world = rank_and_world()
+    if world == 1:
+        return True
+    others = [None] * world
+    dist.all_gather_object(others, x)
+    return all(other == x for other in others)
+
+
+def add_up(tensors):
+    """Replaces tensors of the same shapes in all processes by their sums, in one transfer."""
+    if dist.is_initialized():
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat)
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(total.view_as(x))
+
+
 def gather(x):
     """In the first process a list of every process's x, a picklable object; None in the others."""
     rank, world = rank_and_world()
@@ -179,7 +189,15 @@ def gather(x):
     return parts
 
 
-# ---- The log and files ----
+# ---- Random numbers ----
+
+
+def seed_of(*numbers):
+    """One seed, from 0 to 2^63 - 1, of several numbers. Other numbers give another seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ---- The log, files and folders ----
 
 
 def say(text, end='\n'):
@@ -196,15 +214,28 @@ def tell(text, end='\n'):
         say(text, end)
 
 
+SHOWN = ('loss', 'PSNR', 'codebook usage', 'error', 'images/s')     # log.csv has all figures
+
+
+def show(title, figures, more=''):
+    """Prints the most important figures, in the first process alone."""
+    parts = [f'{name} {figures[name]:.4g}' for name in SHOWN if name in figures]
+    tell('  '.join([title, *parts, more]))
+
+
 def write_log(path, stage, step, figures):
     """Appends to a csv file one row per figure: (stage, step, unix time, name, value). A resumed
-    run repeats the steps since the checkpoint, and their rows."""
-    with open(path, 'a', newline='') as f:
-        rows, now = csv.writer(f), f'{time.time():.1f}'
-        if f.tell() == 0:                                       # a new file
-            rows.writerow(['stage', 'step', 'time', 'name', 'value'])
-        for name, value in figures.items():
-            rows.writerow([stage, step, now, name, value])
+    run repeats the steps since the checkpoint, and their rows. Rows that the disk refuses, as
+    Windows does while a spreadsheet has the file open, are left out."""
+    try:
+        with open(path, 'a', newline='') as f:
+            rows, now = csv.writer(f), f'{time.time():.1f}'
+            if f.tell() == 0:                                   # a new file
+                rows.writerow(['stage', 'step', 'time', 'name', 'value'])
+            for name, value in figures.items():
+                rows.writerow([stage, step, now, name, value])
+    except OSError as e:
+        say(f'{path}: the rows of step {step} are left out: {reason(e)}')
 
 
 def read_log(path):
@@ -215,6 +246,17 @@ def read_log(path):
         for row in csv.DictReader(f):
             log.setdefault((row['stage'], row['name']), {})[int(row['step'])] = float(row['value'])
     return log
+
+
+def rename(part, path):
+    """os.replace, tried for five seconds: Windows refuses it while another program, as a virus
+    scanner, has the file open."""
+    for _ in range(10):
+        try:
+            return os.replace(part, path)
+        except PermissionError:
+            time.sleep(0.5)
+    os.replace(part, path)
 
 
 def write_file(path, write):
@@ -229,10 +271,47 @@ def write_file(path, write):
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())                        # or a crash could leave an empty file
-            os.replace(part, path)
+            rename(part, path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f'cannot write {path}: {reason(e)}') from e
     except (RuntimeError, ValueError) as e:                 # of torch.save and of Pillow
         raise UserError(f'cannot write {path}: the disk may be full ({reason(e)})') from e
+
+
+@contextmanager
+def alone_in(folder):
+    """Makes a folder, and keeps other runs out of it while the block lasts. UserError if one is at
+    work there. The system opens the lock when a process ends, however it ends.
+
+    SQLite is here for its lock of a file, which it has on every system.
+    """
+    if rank_and_world()[0] > 0:                             # the first process locks for all
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(folder / '.lock', timeout=0)
+    try:
+        lock.execute('BEGIN EXCLUSIVE')
+    except sqlite3.OperationalError as e:
+        lock.close()
+        raise UserError(f'--out {folder}: another run is at work there ({e}): choose another'
+                        ) from e
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def move_aside(folder, names):
+    """Moves what is there of files in a folder to previous-1 in it, or the next free number."""
+    names = [name for name in names if (folder / name).exists()]
+    number = 1
+    while (folder / f'previous-{number}').exists():
+        number += 1
+    if names:
+        (folder / f'previous-{number}').mkdir()
+        for name in names:
+            rename(folder / name, folder / f'previous-{number}' / name)
+        say(f'moved {", ".join(names)} of an earlier run to {folder / f"previous-{number}"}')

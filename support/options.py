@@ -1,0 +1,206 @@
+"""Options of the commands, and those of train.py as a table: a row an option, with its values by
+size."""
+import argparse
+import math
+import os
+import secrets
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+from support.folders import cifar10_path
+from support.run import PRECISIONS, UserError, rank_and_world
+
+# ---- Types of options ----
+
+
+def make_parser(description):
+    """An argparse parser that shows the description as it is written, and a usage of one line."""
+    return argparse.ArgumentParser(description=description, usage='%(prog)s [options], see --help',
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def a_path(text):
+    """An argparse type: a Path. The shell leaves the ~ of --out=~/runs as it is."""
+    return Path(text).expanduser()
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from low to high."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            limit = f'at least {low}' if high == math.inf else f'from {low} to {high}'
+            raise argparse.ArgumentTypeError(f'{text} is out of range: {limit}')
+        return value
+    convert.__name__ = kind.__name__                            # argparse shows it in its messages
+    return convert
+
+
+a_count = number(int, 0)
+at_least_1 = number(int, 1)
+nonnegative = number(float, 0, 1e6)
+a_seed = number(int, 0, 2 ** 63 - 1)
+a_guidance = number(float, 0, 100)
+
+
+def sides(text):
+    """An argparse type: '1,2,4' -> (1, 2, 4), the sides of the token maps, which have to rise."""
+    values = tuple(int(part) for part in text.split(','))
+    if values[0] < 1 or any(a >= b for a, b in zip(values, values[1:])):
+        raise argparse.ArgumentTypeError(f'{text}: the sides of the token maps have to rise')
+    return values
+
+
+# ---- The options of train.py ----
+
+SIZES = ('shapes', '32', '64', '256')           # the columns: drawn shapes, and sizes in pixels
+TEN_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SMALL = dict(ch_mult=(1, 2, 4), z_channels=16, res_blocks=1, normalise=False)
+
+
+def option(help, kind=str, *by_size, saved=True, **default):
+    """A field of Config that is also an option of the command line. kind converts its text;
+    by_size are its values in the columns of SIZES, where it has no default; saved is False where a
+    resumed run may have another value."""
+    metadata = {'help': help, 'kind': kind, 'by_size': by_size, 'saved': saved}
+    return field(**default, metadata=metadata)
+
+
+def unlisted(*by_size):
+    """A field of Config that is no option, with its values in the columns of SIZES."""
+    return field(metadata={'by_size': by_size})
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything that defines a run, saved with its weights, and how it is run."""
+    data: str = option('shapes, cifar10, or a folder of images', os.path.expanduser,
+                       default='shapes')
+    size: int = option('side of the images; without it 32 for shapes and CIFAR-10, and 256 for a '
+                       'folder', at_least_1, default=None)
+    classes: str = option('use the first N classes, or the classes a,b,c', default='')
+    limit: int = option('use at most so many images per class; 0: all', a_count, default=0)
+    seed: int = option('seed of everything random', a_seed, default=0)
+    init: str = option('a file of weights to start from, for fine-tuning: its transformer, and its '
+                       'tokenizer, which --tokenizer train trains on', os.path.expanduser,
+                       default='')
+
+    # Stage 1.                                                  shapes, 32 px, 64 px, 256 px
+    tokenizer: str = option(
+        'train one, use the official one, or that of a file; without it that of --init',
+        os.path.expanduser, 'train', 'train', 'train', 'official')
+    patch_nums: tuple = option(
+        'sides of the token maps, as 1,2,4',
+        sides, (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), TEN_SCALES)
+    ch: int = option(
+        'channels of the VQVAE at full resolution', at_least_1, 16, 32, 32, 160)
+    vocab_size: int = option(
+        'V: codes', number(int, 2, 2 ** 16), 256, 1024, 1024, 4096)
+    network: dict = unlisted(                                   # what else VQVAE takes
+        dict(SMALL, z_channels=8), SMALL, SMALL, {})
+    tokenizer_steps: int = option(
+        'steps of stage 1', a_count, 450, 2800, 4500, 80000)
+    tokenizer_batch: int = option(
+        'images per step of stage 1, of all processes', at_least_1, 16, 16, 16, 8)
+    tokenizer_lr: float = option(
+        'peak learning rate of stage 1', nonnegative, 1e-3, 1e-3, 1e-3, 1e-4)
+    perceptual: float = option(
+        'weight of L_P in equation (5)', nonnegative, 0., 0., 0., 1.)
+    adversarial: float = option(
+        'weight of L_G in equation (5), relative', nonnegative, 0., 0.5, 0.5, 0.5)
+
+    # Stage 2.
+    depth: int = option(
+        'd: width 64 d, d heads, d blocks, equation (7)', at_least_1, 3, 4, 4, 16)
+    steps: int = option(
+        'steps of stage 2; without it also no more than show each image 300 times',
+        a_count, 1750, 6600, 17000, 50000)
+    batch: int = option(
+        'images per step of stage 2, of all processes', at_least_1, 16, 32, 16, 256)
+    lr: float = option(
+        'peak learning rate of stage 2, whatever the batch; the paper has 1e-4 per 256 images',
+        nonnegative, 5e-3, 3e-3, 3e-3, 1e-4)
+    views: int = option(
+        'stored crops per image: the centre, then random ones', at_least_1, 1, 1, 4, 2)
+    flip: bool = option(
+        'mirror at random in stage 1, and every second view in stage 2, which then has two views '
+        'at least', bool, False, False, True, True)
+    sampling: dict = unlisted(                                  # options of VAR.generate
+        dict(cfg=4., top_k=20, top_p=1.), dict(cfg=6., top_k=100, top_p=1.),
+        dict(cfg=8., top_k=10, top_p=1.), dict(cfg=1.5, top_k=900, top_p=0.96))
+    micro_batch: int = option('images per forward pass of stage 2; without it as many as fit',
+                              at_least_1, default=None)
+    # Tells this run's stored tokens from those of another run.
+    run: int = field(default_factory=lambda: secrets.randbits(62))
+
+    # What follows does not define the run.
+    out: Path = option('folder of ckpt.pt, model.pt, log.csv, images and stored tokens', a_path,
+                       saved=False, default=Path('.'))
+    resume: bool = option('continue from ckpt.pt in --out', bool, saved=False, default=False)
+    device: str = option('cuda or cpu; without it the best there is', saved=False, default=None)
+    precision: str = option(f'{", ".join(PRECISIONS)}; without it the best there is', saved=False,
+                            default=None)
+    workers: int = option('processes that read images', a_count, saved=False,
+                          default=min(4, (os.cpu_count() or 1) - 1))
+    compile: bool = option('torch.compile the blocks of the transformer', bool, saved=False,
+                           default=False)
+
+    def settings(self):
+        """What defines the run, and is saved with its weights, as a dict."""
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if f.metadata.get('saved', True)}
+
+
+def as_text(value):
+    """A value as the command line takes it."""
+    return ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse(description):
+    """What the command line of train.py gives, as a dict; an option that is not given is not in it.
+    """
+    parser = make_parser(description)
+    for f in fields(Config):
+        if 'help' not in f.metadata:
+            continue
+        text, by_size = f.metadata['help'], f.metadata['by_size']
+        if by_size:
+            values = [f'{size}: {as_text(value)}' for size, value in zip(SIZES, by_size)]
+            text += f' [{"; ".join(values)}]'
+        elif f.default not in (None, '', False):
+            text += f' [{f.default}]'
+        how = dict(type=f.metadata['kind'], metavar='X')
+        if f.type is bool:
+            # What a size can switch on, --no-... switches off.
+            switch = argparse.BooleanOptionalAction if by_size else 'store_true'
+            how = dict(action=switch)
+        parser.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS,
+                            help=text, **how)
+    return vars(parser.parse_args())
+
+
+def make_config(given, saved=None):
+    """The Config of a run. The command line (given) comes first, then what the run had before
+    (saved, for --resume), then the column of the greatest size that is not above that of the
+    images, then the defaults. UserError for values that do not fit together."""
+    known = {f.name for f in fields(Config)}            # an older run can have others
+    chosen = {name: value for name, value in (saved or {}).items() if name in known} | given
+    data = chosen.get('data', Config.data)
+    is_folder = data not in ('shapes', 'cifar10') and cifar10_path(data) is None
+    size = chosen['size'] = chosen.get('size') or (256 if is_folder else 32)
+    columns = [1] + [i for i, name in enumerate(SIZES[1:], start=1) if int(name) <= size]
+    column = 0 if data == 'shapes' and size == 32 else columns[-1]
+    if chosen.get('init'):
+        chosen.setdefault('tokenizer', chosen['init'])
+    preset = {f.name: f.metadata['by_size'][column] for f in fields(Config)
+              if f.metadata.get('by_size')}
+    config = Config(**{**preset, **chosen})
+    if config.precision not in (None, *PRECISIONS):
+        raise UserError(f'--precision {config.precision}: choose from {", ".join(PRECISIONS)}')
+    _, world = rank_and_world()
+    if config.batch % world or config.tokenizer_batch % world:
+        raise UserError(f'--batch {config.batch} and --tokenizer-batch {config.tokenizer_batch} '
+                        f'must be multiples of the {world} processes')
+    if config.flip:
+        config.views = max(config.views, 2)     # the second view is the first that is mirrored
+    return config
