@@ -20,9 +20,9 @@ import torch
 from support.checkpoints import load
 from support.images import (batch_size, image_file, image_format, make_grid, save_image,
                             to_uint8)
-from support.options import a_guidance, a_path, a_seed, make_parser, number
-from support.run import (PRECISIONS, UserError, cast_linear_weights, gather, nfc, pick_device,
-                         precision, rank_and_world, run, seed_of, tell, write_file)
+from support.options import a_guidance, a_path, a_seed, labels_of, make_parser, number
+from support.run import (PRECISIONS, UserError, cast_linear_weights, gather, pick_device, precision,
+                         rank_and_world, run, seed_of, tell, write_file)
 
 
 def parse():
@@ -55,40 +55,6 @@ def load_both(path, tokenizer=None):
         raise UserError(f'{path} has a tokenizer only: give --ckpt a transformer, or finish the '
                         'training by train.py --resume')
     return vae, var, ckpt
-
-
-def classes_of(asked, n, names, words):
-    """Indices of classes that are asked for as an index below n, a name, a word, or 'all'.
-
-    names, words: what the checkpoint calls its classes, possibly empty lists; words are lists of
-    synonyms with commas, and can stand for several classes: crane. Raises UserError for an unknown
-    class.
-    """
-    meaning = {}
-    for i, text in enumerate(words):
-        for word in filter(None, nfc(text).lower().split(',')):
-            meaning.setdefault(word.strip(), []).append(i)
-    meaning.update({str(i): [i] for i in range(n)})
-    for i, name in enumerate(names):
-        meaning[nfc(name)] = [i]                                # a folder may be called 7
-    meaning['all'] = range(n)
-    found = []
-    for word in asked:
-        indices = meaning.get(nfc(word), meaning.get(nfc(word).lower()))
-        if indices is None:
-            known = ', '.join([f'0 to {n - 1}', 'all', *names[:12]])
-            raise UserError(f'--cls {word}: no such class; there are {known}')
-        found.extend(indices)
-    return found
-
-
-def labels_of(args, ckpt, var, otherwise):
-    """The labels (N,) of --n images of each class of --cls, or of the classes `otherwise`."""
-    classes = otherwise
-    if args.cls:
-        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
-                             ckpt.get('words', []))
-    return torch.tensor(list(classes)).repeat_interleave(args.n)
 
 
 @torch.no_grad()

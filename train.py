@@ -272,11 +272,12 @@ def train_stage(stage, state):
     batches = stage.train().batches(start)
     for step in range(start, stage.steps):
         # Evaluate and save. One process does, and the others wait for its next step.
-        if rank == 0 and step > start and step % evaluate_every == 0:
-            evaluate(step)
-        if rank == 0 and step > start and time.monotonic() > next_save:
-            check(figures)
-            next_save = save(step)
+        if rank == 0 and step > start:
+            if step % evaluate_every == 0:
+                evaluate(step)
+            if time.monotonic() > next_save:
+                check(figures)
+                next_save = save(step)
 
         # Step: gradients of all processes, clipping, AdamW. Nothing here waits for a GPU.
         for group in optimizer.param_groups:

@@ -23,10 +23,11 @@ import torch
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import collect, draw_all, labels_of, load_both                  # noqa: E402
+from sample import collect, draw_all, load_both                             # noqa: E402
 from support.images import (crop, image_file, make_grid, open_image,        # noqa: E402
                             save_image, to_tensor)
-from support.options import a_guidance, a_path, a_seed, make_parser, number     # noqa: E402
+from support.options import (a_guidance, a_path, a_seed, labels_of,         # noqa: E402
+                             make_parser, number)
 from support.run import (UserError, cast_linear_weights, pick_device,       # noqa: E402
                          rank_and_world, run)
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import (collect, draw_all, labels_of, load_both, sheet,         # noqa: E402
-                    shuffled, write_npz)
+from sample import (collect, draw_all, load_both, sheet, shuffled,          # noqa: E402
+                    write_npz)
 from support.images import image_file, save_image                           # noqa: E402
-from support.options import a_path, a_seed, make_parser, number             # noqa: E402
+from support.options import a_path, a_seed, labels_of, make_parser, number  # noqa: E402
 from support.run import (UserError, pick_device, rank_and_world, reason,    # noqa: E402
                          run, seed_of)
 

@@ -7,8 +7,10 @@ import secrets
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
+import torch
+
 from support.folders import cifar10_path
-from support.run import PRECISIONS, UserError, rank_and_world
+from support.run import PRECISIONS, UserError, nfc, rank_and_world
 
 # ---- Types of options ----
 
@@ -49,6 +51,43 @@ def sides(text):
     if values[0] < 1 or any(a >= b for a, b in zip(values, values[1:])):
         raise argparse.ArgumentTypeError(f'{text}: the sides of the token maps have to rise')
     return values
+
+
+# ---- --cls ----
+
+
+def classes_of(asked, n, names, words):
+    """Indices of classes that are asked for as an index below n, a name, a word, or 'all'.
+
+    names, words: what the checkpoint calls its classes, possibly empty lists; words are lists of
+    synonyms with commas, and can stand for several classes: crane. Raises UserError for an unknown
+    class.
+    """
+    meaning = {}
+    for i, text in enumerate(words):
+        for word in filter(None, nfc(text).lower().split(',')):
+            meaning.setdefault(word.strip(), []).append(i)
+    meaning.update({str(i): [i] for i in range(n)})
+    for i, name in enumerate(names):
+        meaning[nfc(name)] = [i]                                # a folder may be called 7
+    meaning['all'] = range(n)
+    found = []
+    for word in asked:
+        indices = meaning.get(nfc(word), meaning.get(nfc(word).lower()))
+        if indices is None:
+            known = ', '.join([f'0 to {n - 1}', 'all', *names[:12]])
+            raise UserError(f'--cls {word}: no such class; there are {known}')
+        found.extend(indices)
+    return found
+
+
+def labels_of(args, ckpt, var, otherwise):
+    """The labels (N,) of --n images of each class of --cls, or of the classes `otherwise`."""
+    classes = otherwise
+    if args.cls:
+        classes = classes_of(args.cls, var.num_classes, ckpt.get('classes', []),
+                             ckpt.get('words', []))
+    return torch.tensor(list(classes)).repeat_interleave(args.n)
 
 
 # ---- The options of train.py ----

@@ -112,36 +112,6 @@ def test_a_transformer_with_the_tokenizer_of_another(tmp_path):
         load(tmp_path / 'model.pt', tmp_path / 'other.pth')
 
 
-def test_fuzzed_checkpoints(trained, tmp_path, monkeypatch):
-    """100 files that were checkpoints: none runs code, and what is damaged gets one line."""
-    monkeypatch.chdir(tmp_path)
-    rng, whole = np.random.default_rng(0), (trained / 'model.pt').read_bytes()
-    ckpt, loaded = torch.load(trained / 'model.pt', weights_only=True), 0
-    true = load(trained / 'model.pt')[1].state_dict()
-    for i in range(100):
-        data = bytearray(whole)
-        if i % 4 == 0:
-            data = data[:rng.integers(len(data))]
-        elif i % 4 == 1:
-            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        elif i % 4 == 2:                                        # an entry that is another's, or evil
-            keys = [*ckpt, 'other']
-            value = [*ckpt.values(), Evil()][rng.integers(len(keys))]
-            torch.save({**ckpt, keys[rng.integers(len(keys))]: value}, 'x.pt')
-            data = Path('x.pt').read_bytes()
-        else:
-            data = bytearray(pickle.dumps({'vae': Evil(), 'x': i}))
-            data[rng.integers(len(data))] ^= rng.integers(2)
-        Path('x.pt').write_bytes(data)
-        try:
-            _, var, _ = load('x.pt')
-            # torch.load checks no sums: a damaged file can load, with other weights.
-            loaded += var is None or all(torch.equal(v, true[k]) for k, v in var.state_dict().items())
-        except UserError as e:
-            assert len(str(e).splitlines()) == 1
-    assert 5 < loaded < 50 and not Path('touched').exists()
-
-
 # ---- Images in files ----
 
 
@@ -181,33 +151,6 @@ def test_images_as_disks_have_them(tmp_path):
         assert (np.asarray(open_image(tmp_path / name, 8)) == (255, 0, 0)).all(), name
     Image.new('L', (12_000, 9_000), 99).save(tmp_path / 'photo.jpg')
     assert (crop(open_image(tmp_path / 'photo.jpg', 64), 64) == 99).all()
-
-
-def test_fuzzed_images(tmp_path):
-    """120 files that were images: each is read as one or gets one line, and never a traceback."""
-    rng, whole = np.random.default_rng(0), []
-    noise = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
-    for mode, kind in (('RGB', 'png'), ('RGB', 'jpeg'), ('CMYK', 'jpeg'), ('P', 'gif'), ('RGBA', 'webp'),
-                       ('RGB', 'bmp'), ('L', 'tiff'), ('I;16', 'png')):
-        image = noise.convert('L').convert(mode) if mode == 'I;16' else noise.convert(mode)
-        image.save(tmp_path / f'{mode[0]}.{kind}')
-        whole.append((tmp_path / f'{mode[0]}.{kind}').read_bytes())
-    good = 0
-    for i in range(120):
-        data = bytearray(whole[i % len(whole)])
-        if i % 3 == 0:
-            data = data[:rng.integers(len(data))]               # cut short
-        elif i % 3 == 1:
-            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        else:
-            a, b = sorted(rng.integers(len(data), size=2))
-            data = data[b:] + data[a:b] + data[:a]              # swapped
-        (tmp_path / 'x').write_bytes(data)
-        try:
-            good += crop(open_image(tmp_path / 'x', 32), 32).shape == (32, 32, 3)
-        except UserError as e:
-            assert len(str(e).splitlines()) == 1
-    assert 20 < good < 100
 
 
 def test_batches_that_fit():
@@ -344,7 +287,7 @@ def test_layouts_of_folders(tmp_path, capsys):
         if name == 'tiny':
             assert val_labels == [0, 1] and b == ['val/images/val_1.JPEG', 'val/images/val_0.JPEG']
             assert words == ['goldfish, Carassius auratus', '']
-            assert sample.classes_of(['Goldfish', 'n2'], 2, found, words) == [0, 1]
+            assert options.classes_of(['Goldfish', 'n2'], 2, found, words) == [0, 1]
         if name == 'kaggle':
             assert words == ['goldfish, Carassius auratus']
             assert read_folder(root / 'ILSVRC' / 'Data' / 'CLS-LOC')[2] == ['n1']
@@ -916,7 +859,7 @@ def test_data_that_changed_before_a_run_is_resumed(tmp_path, monkeypatch, capsys
 def test_names_in_unicode(monkeypatch):
     """A Mac's é is two characters; a terminal may know neither."""
     mac, typed = 'cafe\u0301', 'caf\u00e9'
-    assert sample.classes_of([typed], 2, ['x', mac], []) == [1]
+    assert options.classes_of([typed], 2, ['x', mac], []) == [1]
     screen = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     monkeypatch.setattr('sys.stdout', screen)
     run(lambda: print(typed, flush=True))
