@@ -20,7 +20,8 @@ import torch
 from support.checkpoints import load
 from support.images import (batch_size, image_file, image_format, make_grid, save_image,
                             to_uint8)
-from support.options import a_guidance, a_path, a_seed, labels_of, make_parser, number
+from support.options import (a_count, a_path, add_shared, at_least_1, labels_of, make_parser,
+                             number)
 from support.run import (PRECISIONS, UserError, cast_linear_weights, gather, pick_device, precision,
                          rank_and_world, run, seed_of, tell, write_file)
 
@@ -28,22 +29,15 @@ from support.run import (PRECISIONS, UserError, cast_linear_weights, gather, pic
 def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
-    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
-    add('--cls', nargs='+', action='extend', help='class indices, names, or all [the first ten]')
-    add('--n', type=number(int, 1), default=8, help='images per class [8]')
-    add('--cfg', type=a_guidance, help='guidance of the last scale [of the checkpoint]')
-    add('--top-k', type=number(int, 0),
+    add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--device')
+    add('--top-k', type=a_count,
         help='sample from the k likeliest codes; 0: from all [of the checkpoint]')
     add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off [of the checkpoint]')
-    add('--seed', type=a_seed, default=0,
-        help='the same images for the same seed, --cls, --n and --batch')
-    add('--batch', type=number(int, 1), help='images per pass [50; 16 at 256 px, 4 at 512 px]')
+    add('--batch', type=at_least_1, help='images per pass [50; 16 at 256 px, 4 at 512 px]')
     add('--out', type=image_file, default='samples.png', help='the sheet, a row per class')
     add('--npz', type=a_path,
         help='a file for the evaluators of FID, shuffled, instead of the sheet')
     add('--scales', type=image_file, help='also the images growing scale by scale: a .png or .gif')
-    add('--device', help='cuda or cpu [the best there is]')
     add('--precision', choices=PRECISIONS, help='[the best that the device has]')
     return parser.parse_args()
 
@@ -58,23 +52,25 @@ def load_both(path, tokenizer=None):
 
 
 @torch.no_grad()
-def draw_all(vae, generate, labels, seed=0, batch=None, name=None, scales=False):
+def draw_all(vae, generate, labels, seed=0, batch=None, precision_name=None, scales=False):
     """Draws an image for each label (N,), in batches that the processes share.
 
-    generate(labels, seed=...) returns K token maps (B, l): VAR.generate with all else given. batch:
-    images per pass; name: of the precision. Every batch has a seed of its own, so that the images
-    are the same for any number of processes.
-    Yields in the first process, batch by batch, the first index and uint8 (B, S, H, W, 3), where S
-    is 1, or with scales K: the image after each scale. In the others nothing.
+    generate(labels=, seed=) returns K token maps (B, l): VAR.generate with all else given. batch:
+    images per pass. Every batch has a seed of its own, so that the images are the same for any
+    number of processes.
+    Yields for each batch, in the first process alone, the index of its first image and the images,
+    uint8 (B, S, H, W, 3). S is 1; with scales it is K: the image after each scale.
     """
-    (rank, world), began = rank_and_world(), time.monotonic()
+    rank, world = rank_and_world()
+    began = time.monotonic()
     device = vae.quantize.embedding.weight.device
     batch = batch or batch_size(vae.image_size)
     batches = labels.split(batch)
     for first in range(0, len(batches), world):                 # a batch for each process
-        index, frames = first + rank, None
+        index = first + rank
+        frames = None
         if index < len(batches):
-            with precision(device, name):
+            with precision(device, precision_name):
                 maps = generate(labels=batches[index].to(device), seed=seed_of(seed, index))
                 images = vae.decode_scales(maps) if scales else [vae.decode(maps)]
                 frames = np.stack([to_uint8(x) for x in images], axis=1)    # (B, S, H, W, 3)
@@ -143,7 +139,8 @@ def main():
                               bool(args.scales)), len(labels))
     if rank_and_world()[0] > 0:
         return
-    images, written = frames[:, -1], args.npz or args.out                   # (N, H, W, 3)
+    images = frames[:, -1]                                                  # (N, H, W, 3)
+    written = args.npz or args.out
     if args.npz:
         write_npz(args.npz, images, labels)
     else:

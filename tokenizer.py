@@ -196,8 +196,8 @@ class Quantizer(nn.Module):
         3.7  4.0                    3  3      0.7  1.0      1  1    4  4     -0.3  0.0
 
     phi was the identity here. If phi makes 2.8 of the 3, the decoder sees 2.8, and the later scales
-    have to encode f - 2.8. With wide_k in its place, f - 3, an error of 0.2 would stay in f_hat,
-    and no scale would see it.
+    have to encode f - 2.8. If wide_k were subtracted instead, the residual would be f - 3, and no
+    later scale would see the 0.2 that the decoder lacks.
 
     One codebook serves all scales, because all of them encode a part of the same f, and f_hat is
     their sum. Shrinking by area takes the mean, which is the best single vector for a cell.
@@ -220,9 +220,10 @@ class Quantizer(nn.Module):
         phis = nn.ModuleList(Phi(z) for _ in range(phi_count))
         self.quant_resi = nn.ModuleDict({'qresi_ls': phis})
         self.phi_index = choose_phi(len(patch_nums), phi_count)
-        # EMA of the share of all tokens that each scale and code have; its sum is about 1.
+        # EMA of the share of all tokens that each scale and code have; its sum is 0 at first, and
+        # soon about 1.
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(patch_nums), V))
-        # As buffers these are on the GPU already: no training step has to copy them, and wait.
+        # Buffers, so that they lie on the GPU and no training step waits for a copy.
         sizes = torch.tensor(patch_nums) ** 2
         self.register_buffer('sizes', sizes, persistent=False)                          # (K,)
         self.register_buffer('starts', sizes.cumsum(0) - sizes, persistent=False)       # (K,)
@@ -323,27 +324,27 @@ class Quantizer(nn.Module):
         N = new_hits.sum(0)                                                 # (V,)
         new_codes = (decay * old_sum + (1 - decay) * s) / N.clamp_min(1e-12)[:, None]
 
-        # 4. Restart: a dead code becomes a random vector of the batch. Of the scales 1, 2, 4, whose
-        #    tokens begin at 0, 1 and 5 of 21, code 5 is given the third, and one of the tokens 5 to
-        #    20 of an image. So each scale provides as many as any other. Drawn from all 21 alike, 1
-        #    in 21 would come from the first scale, and the coarse scales would collapse onto a few
-        #    codes.
+        # 4. Restart: a dead code becomes a random vector of the batch. Code v takes it from scale
+        #    v mod K, so that all scales provide equally many. With the scales 1, 2, 4, whose tokens
+        #    begin at 0, 1 and 5, code 5 takes the third: one of the tokens 5 to 20 of an image.
+        #    Drawn from all 21 alike, 1 in 21 would come from the first scale, and the coarse scales
+        #    would collapse onto a few codes.
         scale = torch.arange(V, device=codes.device) % K                    # (V,)
         within = (torch.rand(V, device=codes.device) * self.sizes[scale]).long()
         image = torch.randint(len(tokens), (V,), device=codes.device)
         fresh = vectors[image, self.starts[scale] + within]                 # (V, z)
         dead = N < self.dead_below / V                                      # (V,)
         new_codes = torch.where(dead[:, None], fresh, new_codes)
-        # It starts with a tenth of the average usage, and is dead again after about 80 steps
-        # without a hit (decay 0.98).
+        # A restarted code starts with a tenth of the average usage, and is dead again after about
+        # 80 steps without a hit (decay 0.98).
         new_hits = torch.where(dead, 0.1 / (V * K), new_hits)
 
         finite = s.isfinite().all()
         codes.copy_(torch.where(finite, new_codes, codes))
         hits.copy_(torch.where(finite, new_hits, hits))
         if dist.is_initialized():
-            # Restarted codes come from the first process. On a GPU index_add_ adds in any order,
-            # too, and the last bits would differ among processes.
+            # Restarted codes differ among the processes, and on a GPU so do the last bits of sums:
+            # those of the first process count.
             dist.broadcast(codes, 0)
 
 
@@ -354,7 +355,7 @@ class VQVAE(nn.Module):
     defaults are the released network (109 M).
     Images are (B, 3, H, W) in [-1, 1] with H = W = image_size; maps are a list of K int64 tensors
     (B, l).
-    normalise=False leaves out group normalisation, as the presets up to 64 px do. The released
+    normalise=False leaves out group normalisation, as training does up to 64 px. The released
     network has it.
     """
 
@@ -368,7 +369,7 @@ class VQVAE(nn.Module):
         self.decoder = make_decoder(ch, ch_mult, z_channels, res_blocks, norm)
         self.quant_conv = conv3x3(z_channels, z_channels)
         self.post_quant_conv = conv3x3(z_channels, z_channels)
-        self.init_weights()                     # of all but phi, which starts as the identity
+        self.init_weights()         # before there are phi, so that these stay the identity
         self.quantize = Quantizer(patch_nums, vocab_size, z_channels, phi_count)
         self.to(memory_format=torch.channels_last)
 
@@ -423,7 +424,8 @@ class VQVAE(nn.Module):
         of scale k. It is not the embeddings of r_{k-1}, as Fig. 4 may suggest. Returns
         (B, L - l, z), where l are the tokens of the first scale.
         """
-        parts = [self.quantize.embedding(maps[0][:, :0])]       # nothing, (B, 0, z)
+        parts = [self.quantize.embedding(maps[0][:, :0])]       # (B, 0, z), for a single scale
+        # The range comes first in zip, so that the last map is not added.
         for k, f_hat in zip(range(1, len(maps)), self.quantize.algorithm2(maps)):
             parts.append(self.quantize.shrink(f_hat, k))                    # (B, l, z)
         return torch.cat(parts, dim=1)
@@ -432,20 +434,20 @@ class VQVAE(nn.Module):
         """One training pass: images (B, 3, H, W) -> rebuilt (B, 3, H, W) and the quantizer loss, a
         scalar. In training it also moves the codebook.
 
-        The loss is || f - f_hat || of (5), averaged over f_hat after each of the scales, so that
-        every scale comes as close to f as it can by itself; after the last scale alone, nothing
-        would tell the coarse ones to. In the release the first of its two terms trains the codebook
-        and phi. Here it trains phi alone, because the codebook is an EMA. Nothing else trains phi:
-        the straight-through estimator below hides f_hat from the gradients of the image losses.
-        The second term, the commitment loss, pulls f towards the codes. Source of both and of the
-        weight 0.25: the release.
+        The loss is || f - f_hat || of (5), averaged over f_hat after each of the scales: each phi
+        has to bring f_hat close to f before finer scales come, and f is pulled towards every
+        partial sum. After the last scale alone, a coarse phi could be wrong and leave it to the
+        finer ones. In the release the first of its two terms trains the codebook and phi. Here it
+        trains phi alone, because the codebook is an EMA. Nothing else trains phi: the
+        straight-through estimator below hides f_hat from the gradients of the image losses. The
+        second term is the commitment loss. Source of both and of the weight 0.25: the release.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         loss, tokens, vectors = 0., [], []
         for r_k, v_k, f_hat in self.quantize.algorithm1(f):
-            codebook_loss = F.mse_loss(f_hat, f.detach())                   # trains phi
+            phi_loss = F.mse_loss(f_hat, f.detach())                        # trains phi
             commitment_loss = F.mse_loss(f_hat.detach(), f)                 # trains the encoder
-            loss = loss + (codebook_loss + 0.25 * commitment_loss) / len(self.patch_nums)
+            loss = loss + (phi_loss + 0.25 * commitment_loss) / len(self.patch_nums)
             tokens.append(r_k)
             vectors.append(v_k)
         if self.training:
@@ -464,7 +466,8 @@ class VQVAE(nn.Module):
         phi_count = sum('qresi_ls' in name for name in weights) // 2
         convs = [name for name in weights
                  if name.startswith('encoder.down.') and name.endswith('.conv1.weight')]
-        ch_mult = {name.split('.')[2]: len(weights[name]) // ch for name in convs}  # of each level
+        # The first number in a name is the level, whose blocks have all the same width.
+        ch_mult = {name.split('.')[2]: len(weights[name]) // ch for name in convs}
         vae = cls(patch_nums, V, z, ch, tuple(ch_mult.values()), phi_count,
                   res_blocks=len(convs) // len(ch_mult),
                   normalise='encoder.norm_out.weight' in weights)

@@ -9,10 +9,11 @@
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
 Departures from the paper and the released recipe:
 - Stage 1 also has an L1 term. Its L_P and L_G are those of support/losses.py: L_G starts half-way
-  through it, and at 32 and 64 px there is no L_P.
+  through stage 1. Up to 64 px there is no L_P, and for drawn shapes no L_G.
 - Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops. At 64 px and
   more, images are also mirrored.
-- The learning rate decays to 0.01 of its peak at every depth, and does not depend on the batch.
+- The learning rate decays to 0.01 of its peak at every depth (in the release to 0.1 for d 16 and
+  20), and does not depend on the batch.
   AdamW's weight decay is 0.05. Batches and the number of steps are smaller, and at 32 and 64 px
   the learning rates are larger.
 What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
@@ -35,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoints import keep, load, make_models, restore
+from support.checkpoints import load, make_models, read_state, write_state
 from support.data import random_crops, read_data, spread, step_rows
 from support.folders import cifar10_path
 from support.grade import grade_tokenizer, grade_transformer
@@ -43,12 +44,12 @@ from support.images import batch_size, make_grid, save_image, to_tensor, to_uint
 from support.losses import AdversarialLoss, perceptual_loss
 from support.options import make_config, parse
 from support.run import (UserError, add_up, alone_in, choose_precision, is_out_of_memory,
-                         move_aside, nfc, pick_device, precision, rank_and_world, reason, run, say,
-                         seed_of, show, tell, write_file, write_log)
+                         move_aside, nfc, pick_device, precision, rank_and_world, run, say,
+                         seed_of, show, tell, try_compiler, write_file, write_log)
 from support.tokens import tokenize
 
-SAVE_EVERY = 60         # seconds from one checkpoint to the next at least,
-SAVING = 0.02           # and as many as make saving this share of the time at most
+SAVE_EVERY = 60         # seconds from one checkpoint to the next, at least
+SAVING = 0.02           # share of the time that saving may take: slow disks save less often
 
 # ---- The two stages: what is trained, on what, and by which loss ----
 
@@ -70,7 +71,7 @@ class TokenizerStage(nn.Module):
         self.perceptual = perceptual_loss() if config.perceptual else None
         self.adversarial = None
         if config.adversarial:
-            torch.manual_seed(seed_of(config.seed, self.number))    # the same, whatever was drawn
+            torch.manual_seed(seed_of(config.seed, self.number))    # its weights depend on it alone
             self.adversarial = AdversarialLoss(config.adversarial)
 
     def learned(self):
@@ -131,8 +132,8 @@ class TransformerStage(nn.Module):
         self.lr = config.lr
         self.images, views, _ = train[0].shape
         self.rows = self.images * views
-        # On a GPU the whole part of this process at first: gradients() halves it until it fits. A
-        # CPU tells too late that memory ends.
+        # On a GPU the whole part of this process at first: gradients() halves it where memory ends.
+        # On a CPU the system would end the process instead.
         part = config.batch // rank_and_world()[1]
         most = 8 if config.device.type == 'cpu' and config.size > 64 else part
         self.micro_batch = min(config.micro_batch or most, part)
@@ -187,8 +188,9 @@ def learning_rate(step, steps):
 
 
 def make_optimizer(stage):
-    """AdamW (Section 4). No weight decay on biases, gains, positions, scale embeddings, AdaLN
-    offsets and attention scales; the class embedding is decayed, as in the release."""
+    """AdamW (Section 4). No weight decay on biases, weights of normalisations, positions, scale
+    embeddings, AdaLN offsets and attention scales; the class embedding is decayed, as in the
+    release."""
     decayed, free = [], []
     for name, p in stage.named_parameters():
         exempt = any(part in name for part in ('pos_', 'lvl_embed', 'ada_gss', 'scale_mul'))
@@ -205,9 +207,9 @@ def gradients(stage, step, batch, scaler):
     Where a pass of stage 2 runs out of GPU memory, the micro-batches are halved and the step starts
     over, with the same random numbers: no weight has changed yet.
     """
-    config, (rank, _) = stage.config, rank_and_world()
+    config, rank = stage.config, rank_and_world()[0]
     while True:
-        torch.manual_seed(seed_of(config.seed, stage.number, step, 1 + rank))
+        torch.manual_seed(seed_of(config.seed, stage.number, step, rank))
         stage.zero_grad()
         total = 0.
         try:
@@ -223,6 +225,7 @@ def gradients(stage, step, batch, scaler):
         except RuntimeError as e:
             if not is_out_of_memory(e) or not stage.can_halve or stage.micro_batch == 1:
                 raise
+        loss = None                             # frees the pass that failed
         stage.micro_batch = math.ceil(stage.micro_batch / 2)
         say(f'out of GPU memory: {stage.micro_batch} images per pass')
 
@@ -240,14 +243,14 @@ def train_stage(stage, state):
     in_float16 = choose_precision(device, config.precision) == 'float16'
     scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
     if state['optimizer']:
-        restore(state, stage.learned(), optimizer, scaler)
+        read_state(state, stage.learned(), optimizer, scaler)
         state['optimizer'] = None               # frees its memory
     weights = [p for group in optimizer.param_groups for p in group['params']]
     evaluate_every, show_every = max(1, stage.steps // 5), max(1, min(50, stage.steps // 20))
 
     def check(figures):
-        """UserError if the last step's figures are not finite, in float16 even with the scale 1.
-        Waits for a GPU."""
+        """UserError if loss or gradient is not finite; in float16 only once the scale is down to 1,
+        because a smaller one may help. Waits for a GPU."""
         finite = math.isfinite(figures['loss'] + figures['gradient norm'])
         if not finite and scaler.get_scale() <= 1:
             raise UserError(f'the loss of the {stage.name} is no longer finite: --resume with a '
@@ -263,7 +266,7 @@ def train_stage(stage, state):
     def save(step):
         """Writes ckpt.pt. Returns when to do it again."""
         began = time.monotonic()
-        keep(state, step, stage.learned(), optimizer, scaler, config.out / 'ckpt.pt')
+        write_state(state, step, stage.learned(), optimizer, scaler, config.out / 'ckpt.pt')
         ended = time.monotonic()
         return ended + max(SAVE_EVERY, (ended - began) / SAVING)
 
@@ -287,10 +290,11 @@ def train_stage(stage, state):
             batch = [x.pin_memory() for x in batch]
         batch = [x.to(device, non_blocking=True) for x in batch]
         figures = gradients(stage, step, batch, scaler)
-        learning = [p for p in weights if p.grad is not None]
+        learning = [p for p in weights if p.grad is not None]   # the discriminator does not yet
         add_up([p.grad for p in learning])
         scaler.unscale_(optimizer)
-        figures['gradient norm'] = torch.nn.utils.clip_grad_norm_(learning, 2.0)
+        norm = torch.nn.utils.clip_grad_norm_(learning, 2.0)    # the release's
+        figures['gradient norm'] = norm
         scaler.step(optimizer)
         scaler.update()
 
@@ -325,18 +329,11 @@ def describe(stage, model):
          f'{stage.images} images {times:.3g} times, learning rate {stage.lr:g}')
 
 
-def try_compiler(device):
-    """UserError where torch.compile does not work: it needs a C++ compiler, or Triton."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as e:                      # the compiler can raise anything
-        raise UserError(f'--compile does not work here: {reason(e)}') from e
-
-
 def prepare():
     """The command line, the data and the models of a run: config; training and validation set; both
     models, on the device; and the state that ckpt.pt holds."""
-    given, resumed, saved = parse(__doc__), None, {}
+    given = parse(__doc__)
+    resumed = saved = None
     given['device'] = pick_device(given.get('device'))          # joins the other processes as well
     if given.get('compile'):
         try_compiler(given['device'])
@@ -344,7 +341,7 @@ def prepare():
         path = given.get('out', Path()) / 'ckpt.pt'
         resumed = load(path)
         saved = resumed[2].get('config')
-        if saved is None or 'optimizer' not in resumed[2]:
+        if not {'config', 'classes', 'optimizer'} <= {*resumed[2]}:
             raise UserError(f'{path} is no ckpt.pt of a training run: nothing to resume')
         if {'init', 'tokenizer'} & {*given}:
             raise UserError(f'--resume goes on with the models of {path}: leave out --init and '
@@ -357,7 +354,7 @@ def prepare():
     train, val, classes, words = read_data(config)
     if resumed:
         before, now = [*map(nfc, resumed[2]['classes'])], [*map(nfc, classes)]
-        if before != now and len(before + now) > 2:             # a single class needs no name
+        if before != now and (len(before) > 1 or len(now) > 1):     # one class needs no name
             changed = sorted({*before} ^ {*now}) or ['their order']
             raise UserError(f'--data {config.data}: its classes have changed since this run began: '
                             f'{", ".join(changed[:5])}')
@@ -391,7 +388,7 @@ def train_both(config, train, val, vae, var, state):
         vae.zero_grad()                         # frees the gradients
     vae.eval().requires_grad_(False)            # stage 2 leaves it as it is
     state['vae'] = vae.state_dict()
-    if rank == 0 and not state['optimizer']:    # --resume goes on from here
+    if rank == 0 and not state['optimizer']:    # --resume is not to repeat stage 1
         write_file(config.out / 'ckpt.pt', lambda f: torch.save(state, f))
 
     stored = tokenize(vae, train, range(len(train)), config, 'train', config.views)

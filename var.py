@@ -13,7 +13,7 @@ The method (Fig. 4) for the scales 1, 2, 4, 8, with 1 + 4 + 16 + 64 = 85 tokens;
                       ^            ^             ^             ^
     transformer     a column sees itself and all columns to its left        d blocks of width w
                       ^            ^             ^             ^
-    input           [s]          (B, 4, z)     (B, 16, z)    (B, 64, z)     word_embed: z -> w
+    input           [s]          (B, 4, z)     (B, 16, z)    (B, 64, z)     word_embed, positions
                                    ^             ^             ^            shrink
     f_hat so far    0            r_0           r_0, r_1      r_0, r_1, r_2  (B, z, 8, 8), add_scale
 
@@ -23,11 +23,11 @@ column takes a pass, from left to right; f_hat of all four then goes through the
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
 Section 6 for editing. Where paper and released weights differ, this file follows the weights:
-- Guidance is 2.0 in Table 3 and 1.5 in the release, top-k 600 and 900. The release writes
-  (1 + t) c - t u, for logits c with the class and u without. Here t grows linearly over the scales,
-  from 0 to the option cfg: 0, 0.17, 0.33, ... 1.5 for ten scales. The coarse scales, which settle
-  what the image is about, so keep their variety. Elsewhere guidance is often written u + s (c - u):
-  there s is 1 + t, so that the release's 1.5 is s = 2.5.
+- Guidance is 2.0 in Table 3, which does not say in which convention, and 1.5 in the release; top-k
+  is 600 and 900. The release writes (1 + t) c - t u, for logits c with the class and u without, and
+  t grows linearly over the scales, from 0 to the option cfg: 0, 0.17, 0.33, ... 1.5 for ten scales.
+  Thus the coarse scales, which settle what the image is about, keep their variety. Elsewhere
+  guidance is often written u + s (c - u): there s is 1 + t, so that the release's 1.5 is s = 2.5.
 - Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
 
@@ -41,6 +41,7 @@ Parameters have the names of the released files, so that weights load in both di
     lvl_1L                  the scale of each token
     attn_bias_for_masking   the block-causal mask
     ada_lin, ada_gss        AdaLN: of each block; a block's offset to the shared one
+    head_nm                 the AdaLN of the head
 """
 import math
 
@@ -54,7 +55,8 @@ from tokenizer import scale_of_token
 def block_causal_mask(patch_nums):
     """The attention mask of Fig. 4, (L, L): 0 where token i may see token j, else -inf.
 
-    A token sees all of its own scale and of the scales before it. For scales of 1x1 and 2x2, which
+    A token sees all of its own scale and of the scales before it. Its own scale gives no answer
+    away, because the inputs there are made of the scales before. For scales of 1x1 and 2x2, which
     have 1 + 4 tokens, the mask is (x for -inf):
         0 x x x x       the token of the first scale sees itself
         0 0 0 0 0       each of the four tokens of the second scale sees the first scale
@@ -101,17 +103,17 @@ class Attention(nn.Module):
 
     def normalise(self, q, k):
         """Queries and keys (B, h, l, 64) of unit length: q.k is a cosine. A learned factor, at most
-        100, takes the place of 1 / sqrt(64). It starts at 4, because cosines are at most 1, and a
-        softmax of such numbers would attend to everything almost alike."""
+        100, takes the place of 1 / sqrt(64). It starts at 4, as in the release: cosines are at most
+        1, and a softmax of such numbers would attend to everything almost alike."""
         factor = self.scale_mul_1H11.clamp_max(math.log(100)).exp()         # (1, h, 1, 1)
         return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
 
     def forward(self, x, mask, cache=None):
         """x (B, l, w) -> (B, l, w). Training has a mask (l, l), and generation a cache instead.
 
-        cache: keys and values of the m tokens so far, (2, B, h, m, 64). x holds the last l of
-        them, whose keys and values are written to it. All may see all, so that it needs no mask.
-        It is a view of what VAR.generate holds: what is written here is kept there.
+        cache: keys and values of the m tokens so far, (2, B, h, m, 64), of which x are the last l:
+        theirs are written to it here. Each may see all m, so that no mask is needed. It is a view
+        of what VAR.generate holds: what is written here is kept there.
         """
         B, l, w = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
@@ -197,14 +199,14 @@ class VAR(nn.Module):
     @torch.no_grad()
     def init_weights(self, w, depth):
         """Initial weights, by parameter name; source: the release."""
-        # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity.
-        # They open soon: the gradient of a gate is that of x times its branch's output, however
-        # small the gate is, and a step of Adam does not depend on the size of gradients. Their
-        # values by depth are the release's.
+        # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity
+        # (with shared_aln only the blocks' offsets are so small). They open soon: the gradient of a
+        # gate is that of x times its branch's output, however small the gate is, and a step of
+        # Adam does not depend on the size of gradients. Their values by depth are the release's.
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4, 36: 5e-6}.get(depth, 1e-5)
         ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
-            # All weights and embeddings, but for biases and attention scales.
+            # Biases are 0, attention scales keep log 4, and all other weights are normal.
             if name.endswith('bias'):
                 p.zero_()
             elif not name.endswith('scale_mul_1H11'):
@@ -231,8 +233,8 @@ class VAR(nn.Module):
         return self.attn_bias_for_masking[0, 0]
 
     def positions(self):
-        """The embeddings of position and of scale that are added to every input: (1, L, w). For the
-        first scale pos_start does the same once more, as in the release."""
+        """The embeddings of position and of scale that are added to every input: (1, L, w). The
+        first scale has pos_start as well: redundant, but the release has it."""
         return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
     def modulations(self, condition):
@@ -257,14 +259,15 @@ class VAR(nn.Module):
     def forward(self, labels, x, targets=None):
         """Teacher forcing: all scales in one pass, under the block-causal mask (Fig. 4).
 
-        labels (B,) int64; x of VQVAE.var_input, (B, L - l, z) without the l tokens of the first
-        scale; targets (B, L) int64, the tokens.
+        labels (B,) int64; x of VQVAE.var_input, (B, L - l, z), where l is that of the first scale;
+        targets (B, L) int64, the tokens.
         Returns logits (B, L, V) and the loss in nats per token, a scalar, or None without targets.
         The output at the positions of scale k predicts r_k at the same positions: unlike in
         next-token prediction, nothing is shifted by one, because their input is made of r_<k alone.
-        The loss weighs all tokens alike, as in the release, so that with 1, 2, 4, 8 the last scale
-        is 64 of 85. Teacher forcing shows true coarse maps, and sampling the model's own, as in any
-        autoregressive model; but there are only K steps in which an error can grow.
+        The loss weighs all tokens alike, so that with 1, 2, 4, 8 the last scale is 64 of 85: it is
+        -log of the product (6), in which each token stands once. Teacher forcing shows true coarse
+        maps, and sampling the model's own, as in any autoregressive model; but there are only K
+        steps in which an error can grow.
         """
         if self.training:                                       # for classifier-free guidance
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
@@ -294,9 +297,10 @@ class VAR(nn.Module):
         "no class". cfg: guidance of the last scale. top_k, top_p: see filter_logits. given, keep:
         zero-shot editing (Section 6): K token maps (B, l) or (1, l), and a mask (P, P), 1 where
         they are kept.
+        Tokens are kept, not pixels: the kept part is what the tokenizer makes of it.
         Returns K token maps (B, l), for VQVAE.decode.
-        The same seed, an int, draws the same tokens on the same kind of device. Only the copies of
-        labels and keep wait for a GPU.
+        The same seed, an int, draws the same tokens on the same kind of device. Nothing waits for a
+        GPU but the copies of labels and keep to it.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
         labels = torch.as_tensor(labels, device=device)
@@ -308,8 +312,8 @@ class VAR(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         condition = self.class_emb(labels)                                      # (2B, w)
         of_blocks, of_head = self.modulations(condition)
-        depth, L = len(self.blocks), len(self.mask)
-        caches = of_head[0].new_empty(depth, 2, len(labels), depth, L, 64)      # d heads
+        heads = self.blocks[0].attn.heads
+        caches = of_head[0].new_empty(len(self.blocks), 2, len(labels), heads, len(self.mask), 64)
         positions = self.positions()                                            # (1, L, w)
         x = condition[:, None] + self.pos_start                                 # (2B, l, w)
         f_hat, maps, end = vae.quantize.empty(B), [], 0
@@ -357,17 +361,20 @@ class VAR(nn.Module):
 
 
 def filter_logits(logits, top_k=0, top_p=0.0):
-    """Top-k, then nucleus (top-p) sampling: sets all other logits (..., V) to -inf.
+    """Top-k, then nucleus (top-p) sampling: keeps the likeliest logits (..., V) and sets the others
+    to -inf.
 
-    Of equal logits at the k-th place only as many are kept as make k. The nucleus is the smallest
-    set of codes whose probability reaches top_p, and never empty. 0 switches either off.
+    Of equal logits at the k-th place only so many are kept that there are k in all. The nucleus is
+    the smallest set of codes whose probability reaches top_p, and never empty. 0 switches either
+    off.
     """
     if 0 < top_k < logits.shape[-1]:
         likeliest = logits.topk(top_k).indices                              # (..., k)
         outside = torch.ones_like(logits, dtype=torch.bool).scatter(-1, likeliest, False)
         logits = logits.masked_fill(outside, -torch.inf)
     if 0 < top_p < 1:
-        # From the unlikeliest code on, those are outside whose sum is still within 1 - top_p.
+        # Probabilities are summed from the unlikeliest code on. While the sum is at most 1 - top_p,
+        # a code is outside the nucleus.
         ascending, order = logits.sort(dim=-1)
         unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p            # in ascending order
         unlikely[..., -1] = False
@@ -379,9 +386,9 @@ def filter_logits(logits, top_k=0, top_p=0.0):
 def draw(probabilities, generator):
     """One code from each distribution: (B, l, V) -> (B, l).
 
-    Code i is drawn with probability p_i: of p_i / e_i, with every e_i from an exponential
-    distribution, the i-th is the greatest with that probability. torch.multinomial does the same,
-    but waits for the GPU to check its input.
+    Code i is drawn with probability p_i: for independent exponential e_i, that is how often p_i /
+    e_i is the greatest of all. torch.multinomial does the same, but waits for the GPU to check its
+    input.
     """
     e = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / e).argmax(-1)
@@ -390,10 +397,9 @@ def draw(probabilities, generator):
 def kept_tokens(keep, p):
     """Which tokens of a p x p map the mask (P, P) keeps: bool (l,). Source: the release.
 
-    The mask is shrunk bilinearly and cut at one half. Bilinear shrinking looks at the four points
-    around the middle of each cell, whatever the cell's size: their mean decides, and a cell of
-    which they keep just half is drawn anew. The 1x1 map is always kept: its token stands for the
-    whole image.
+    The mask is shrunk bilinearly and cut at one half: a cell becomes the weighted mean of the four
+    mask values around its middle, however large it is, and one of exactly one half is drawn anew.
+    The 1x1 map is always kept: its token stands for the whole image.
     """
     if p == 1:
         return torch.ones(1, dtype=torch.bool, device=keep.device)

@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import collect, draw_all, load_both                             # noqa: E402
 from support.images import (crop, image_file, make_grid, open_image,        # noqa: E402
                             save_image, to_tensor)
-from support.options import (a_guidance, a_path, a_seed, labels_of,         # noqa: E402
-                             make_parser, number)
+from support.options import a_path, add_shared, labels_of, make_parser      # noqa: E402
 from support.run import (UserError, cast_linear_weights, pick_device,       # noqa: E402
                          rank_and_world, run)
 
@@ -83,14 +82,8 @@ def parse():
     add('--mask', type=a_path, help='an image, white where the photograph is generated')
     add('--outside', action='store_true', help='generate everything else instead')
     add('--paste', action='store_true', help="put the photograph's pixels back where it is kept")
-    add('--cls', nargs='+', action='extend', help='class indices, names, or all [no class]')
-    add('--n', type=number(int, 1), default=4, help='images per class [4]')
-    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
-    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
-    add('--cfg', type=a_guidance, help='guidance of the last scale [of the checkpoint]')
-    add('--seed', type=a_seed, default=0, help='the same seed, the same images')
     add('--out', type=image_file, default='edited.png', help='the sheet, a row per class')
-    add('--device', help='cuda or cpu [the best there is]')
+    add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--device')
     return parser.parse_args()
 
 

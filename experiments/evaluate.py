@@ -20,8 +20,10 @@ from sample import write_npz                                                # no
 from support.checkpoints import class_indices, load                         # noqa: E402
 from support.data import read_data                                          # noqa: E402
 from support.grade import grade_tokenizer, grade_transformer                # noqa: E402
-from support.options import a_count, a_path, make_config, make_parser, number   # noqa: E402
-from support.run import UserError, pick_device, precision, run, tell        # noqa: E402
+from support.options import (a_count, a_path, add_shared, at_least_1,       # noqa: E402
+                             make_config, make_parser)
+from support.run import (UserError, pick_device, precision, rank_and_world, # noqa: E402
+                         run, tell)
 
 
 def data_config(ckpt, size, data=None):
@@ -58,15 +60,15 @@ def show(title, figures):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
-    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
+    add_shared(parser, '--ckpt', '--tokenizer', '--device')
     add('--data', help='as for train.py [what the checkpoint was trained on]')
-    add('--n', type=number(int, 1), default=sys.maxsize, help='validation images [all]')
+    add('--n', type=at_least_1, default=sys.maxsize, help='validation images [all]')
     add('--out', type=a_path, default='reconstructions.npz', help='the images, rebuilt')
     add('--workers', type=a_count, default=0, help='processes that read images')
-    add('--device', help='cuda or cpu [the best there is]')
     args = parser.parse_args()
     device = pick_device(args.device)
+    if rank_and_world()[0] > 0:                 # the first process grades all
+        return
     vae, var, ckpt = load(args.ckpt, args.tokenizer)
     vae, size = vae.to(device), vae.image_size
     _, val, classes, _ = read_data(data_config(ckpt, size, args.data))

@@ -30,8 +30,8 @@ from evaluate import data_config, match_classes                             # no
 from sample import collect, draw_all, load_both                             # noqa: E402
 from support.data import read_data                                          # noqa: E402
 from support.images import to_tensor                                        # noqa: E402
-from support.options import a_path, make_parser, number                     # noqa: E402
-from support.run import UserError, pick_device, run                         # noqa: E402
+from support.options import add_shared, at_least_1, make_parser             # noqa: E402
+from support.run import UserError, pick_device, rank_and_world, run         # noqa: E402
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -136,20 +136,22 @@ def train_classifier(train, val, classes, steps, device, n=5000, mirror=False):
 
 
 def draw_classes(vae, var, n, indices, sampling):
-    """n samples of each class of `indices` (C,), a tensor: uint8 (C, n, H, W, 3)."""
+    """n samples of each class of `indices` (C,), a tensor: uint8 (C, n, H, W, 3). None in all
+    processes but the first."""
     labels = indices.repeat_interleave(n)
     frames = collect(draw_all(vae, partial(var.generate, vae, **sampling), labels), len(labels))
+    if frames is None:
+        return None
     return frames[:, -1].reshape(len(indices), n, *frames.shape[2:])
 
 
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--ckpt', type=a_path, default='ckpt.pt', help='the models to grade, of train.py')
+    add_shared(parser, '--ckpt', '--device')
     add('--data', help='as for train.py [what --ckpt was trained on]')
-    add('--n', type=number(int, 1), default=50, help='samples per class [50]')
-    add('--steps', type=number(int, 1), default=400, help='steps of the classifier [400]')
-    add('--device', help='cuda or cpu [the best there is]')
+    add('--n', type=at_least_1, default=50, help='samples per class [50]')
+    add('--steps', type=at_least_1, default=400, help='steps of the classifier [400]')
     args = parser.parse_args()
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt)
@@ -159,6 +161,8 @@ def main():
     classifier, real = train_classifier(train, val, classes, args.steps, device,
                                         mirror=config.flip)
     samples = draw_classes(vae.to(device), var.to(device), args.n, indices, ckpt['sampling'])
+    if rank_and_world()[0] > 0:
+        return
     shares, distance = classifier.grade(samples, real)
     for name, share in zip(classes, shares.tolist()):
         print(f'{name:>10}: {share:.0%} of {args.n} samples')

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import (collect, draw_all, load_both, sheet, shuffled,          # noqa: E402
                     write_npz)
 from support.images import image_file, save_image                           # noqa: E402
-from support.options import a_path, a_seed, labels_of, make_parser, number  # noqa: E402
+from support.options import (a_path, add_shared, at_least_1, labels_of,     # noqa: E402
+                             make_parser)
 from support.run import (UserError, pick_device, rank_and_world, reason,    # noqa: E402
                          run, seed_of)
 
@@ -79,16 +80,11 @@ def load_classifier(path, device):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--rounds', type=number(int, 1), default=4, help='draws per image that is kept [4]')
+    add('--rounds', type=at_least_1, default=4, help='draws per image that is kept [4]')
     add('--classifier', type=a_path, help='the judge [the transformer itself]')
-    add('--ckpt', type=a_path, default='ckpt.pt', help='of train.py, or a released transformer')
-    add('--tokenizer', type=a_path, help='a released tokenizer, for a released transformer')
-    add('--cls', nargs='+', action='extend', help='class indices, names, or all [the first ten]')
-    add('--n', type=number(int, 1), default=8, help='images per class [8]')
-    add('--seed', type=a_seed, default=0, help='the same seed, the same images')
     add('--out', type=image_file, default='best.png', help='the sheet, a row per class')
     add('--npz', type=a_path, help='a file for the evaluators of FID, shuffled, instead')
-    add('--device', help='cuda or cpu [the best there is]')
+    add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--seed', '--device')
     args = parser.parse_args()
     device = pick_device(args.device)
     vae, var, ckpt = load_both(args.ckpt, args.tokenizer)

@@ -8,17 +8,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from support.run import UserError, nfc, reason, seed_of, tell, wait_for_all, write_file
+from support.options import RELEASED_SAMPLING, RELEASED_SCALES
+from support.run import (UserError, local_rank, nfc, reason, seed_of, tell, wait_for_all,
+                         write_file)
 from tokenizer import VQVAE
 from var import VAR
 
 # The released tokenizer, and its sha256.
 OFFICIAL = ('https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth',
             '7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c')
-# What the released files do not contain: the tokenizer's scales, and the sampling behind the FID of
-# Section 5.1 (top-k is 600 in Table 3).
-RELEASED = {'patch_nums': (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-            'sampling': {'cfg': 1.5, 'top_k': 900, 'top_p': 0.96}}
 
 
 def fetch(address, sha256, folder=Path('data')):
@@ -28,7 +26,7 @@ def fetch(address, sha256, folder=Path('data')):
     Raises UserError without a network, or if the checksum is wrong: nothing is then left behind.
     """
     path = folder / address.split('/')[-1]
-    if not path.exists() and os.environ.get('LOCAL_RANK', '0') == '0':      # once per machine
+    if not path.exists() and local_rank() == 0:                 # once per machine
         folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(address, str(path), sha256, sys.stderr.isatty())
@@ -80,7 +78,7 @@ def read_checkpoint(path):
         raise UserError(f'cannot read {path}: it is damaged, or no checkpoint of torch.save') from e
 
 
-def load(path, tokenizer=None, scales=RELEASED['patch_nums']):
+def load(path, tokenizer=None, scales=RELEASED_SCALES):
     """Both models of a checkpoint: (vae, var or None, ckpt), on the CPU, in evaluation mode.
 
     path: ckpt.pt or model.pt of train.py, or a released file. tokenizer: a second file, with the
@@ -88,8 +86,8 @@ def load(path, tokenizer=None, scales=RELEASED['patch_nums']):
     always has 'sampling', the options for VAR.generate. Raises UserError where a file is of another
     kind, or the two do not fit.
     """
-    ckpt = {**RELEASED, 'patch_nums': scales, **read_checkpoint(path)}
-    own = ckpt.get('vae')
+    ckpt = {'patch_nums': scales, 'sampling': RELEASED_SAMPLING, **read_checkpoint(path)}
+    own = ckpt.get('vae')       # what a transformer was trained with; a released file has none
     if tokenizer:
         ckpt['vae'] = read_checkpoint(tokenizer).get('vae')
     if not ckpt.get('vae'):
@@ -101,9 +99,10 @@ def load(path, tokenizer=None, scales=RELEASED['patch_nums']):
             var = VAR.from_state_dict(ckpt['var']).eval()
             ckpt['patch_nums'] = var.patch_nums
         vae = VQVAE.from_state_dict(ckpt['vae'], ckpt['patch_nums']).eval()
+        ckpt['vae'] = vae.state_dict()
         codes = vae.quantize.embedding.weight                               # (V, z)
         fits = var is None or (var.vocab_size, var.word_embed.in_features) == codes.shape
-        if var and own:             # a released transformer comes without its tokenizer
+        if var and own:
             fits = fits and torch.equal(own['quantize.embedding.weight'], codes)
     except Exception as e:                      # the shapes of a damaged file can be anything
         raise UserError(f'{path}: not the weights of this model: {reason(e)}') from e
@@ -116,21 +115,24 @@ def load(path, tokenizer=None, scales=RELEASED['patch_nums']):
 def make_models(config, given, classes, resumed=None):
     """The tokenizer and the transformer of a run of train.py, on the CPU: (vae, var).
 
-    |                              | tokenizer                  | transformer                      |
-    |------------------------------|----------------------------|----------------------------------|
-    | a new run                    | new                        | new                              |
-    | --tokenizer FILE             | of FILE                    | new                              |
-    | --init FILE                  | of FILE                    | of FILE, or new if it has none   |
-    | --init FILE --tokenizer X    | of X, as FILE was trained  | of FILE                          |
-    | --init FILE --tokenizer train| of FILE; stage 1 goes on   | of FILE, or new if it has none   |
-    | --resume                     | of ckpt.pt                 | of ckpt.pt, or new in stage 1    |
+    |                               | tokenizer                         | transformer          |
+    |-------------------------------|-----------------------------------|----------------------|
+    | --tokenizer train             | new                               | new                  |
+    | --tokenizer official or FILE  | of that file                      | new                  |
+    | --init FILE                   | of FILE                           | of FILE, or new      |
+    | --init FILE --tokenizer OTHER | of OTHER: that of FILE's training | of FILE, or new      |
+    | --init FILE --tokenizer train | of FILE; stage 1 goes on from it  | of FILE, or new      |
+    | --resume                      | of ckpt.pt                        | of ckpt.pt, or new   |
 
+    "Or new" is for a file without a transformer, as ckpt.pt is in stage 1.
     given: what the command line says; classes: names; resumed: what load() returned for ckpt.pt.
     The values of `config` that the weights in a file tell are set to them. UserError if these are
     other than those given, or where a file does not have what it should.
     """
     vae = var = None
-    tokenizer = fetch(*OFFICIAL) if config.tokenizer == 'official' else config.tokenizer
+    tokenizer = config.tokenizer
+    if tokenizer == 'official' and not resumed:
+        tokenizer = fetch(*OFFICIAL)
     source = 'the tokenizer'
     if resumed:
         source = config.out / 'ckpt.pt'
@@ -193,12 +195,14 @@ def rename_classes(var, known, classes):
                 var.class_emb.weight[i] = old[index]
         var.class_emb.weight[-1] = old[-1]                                  # "no class"
     new = [name for name, index in zip(classes, indices) if index is None]
+    if not known and not new:
+        tell(f'the weights do not name their classes: those of --data are taken in order')
     if new:
         tell(f'{len(new)} of {len(classes)} classes are new to the transformer: '
              f'{", ".join(new[:5])}')
 
 
-def keep(state, step, modules, optimizer, scaler, path):
+def write_state(state, step, modules, optimizer, scaler, path):
     """Writes the state of a run before a step to path: ckpt.pt. modules: {name: module}."""
     for name, module in modules.items():
         state[name] = module.state_dict()
@@ -206,8 +210,8 @@ def keep(state, step, modules, optimizer, scaler, path):
     write_file(path, lambda f: torch.save(state, f))
 
 
-def restore(state, modules, optimizer, scaler):
-    """Sets modules, optimizer and scaler to what keep() has written."""
+def read_state(state, modules, optimizer, scaler):
+    """Sets modules, optimizer and scaler to what write_state() has written."""
     try:
         for name, module in modules.items():
             module.load_state_dict(state[name])

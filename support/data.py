@@ -142,7 +142,8 @@ class ImageSet(torch.utils.data.Dataset):
             image = Image.fromarray(self.items[request.index])
         else:
             image = open_image(self.path(request.index), self.size)
-        # The release makes the shorter side 1.125 x size. Here a small image is not enlarged to it.
+        # The release makes the shorter side 1.125 x size, enlarging it if need be. Here a small
+        # image is not enlarged.
         rng = None if request.draw is None else np.random.default_rng(request.draw)
         pixels = crop(image, self.size, 1.125, rng)
         return pixels[:, ::-1] if request.mirror else pixels
@@ -196,20 +197,21 @@ class ImageSet(torch.utils.data.Dataset):
         if found == 0:
             raise UserError('none of the images can be read')
 
-    def some(self, n, workers=0):
+    def some(self, n):
         """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,)."""
-        images, indices = map(torch.cat, zip(*self.centres(n, workers)))
-        return images, torch.from_numpy(self.labels)[indices]
+        parts = list(self.centres(n))
+        indices = torch.cat([indices for _, indices in parts])
+        return torch.cat([images for images, _ in parts]), torch.from_numpy(self.labels)[indices]
 
 
 def read_data(config):
     """Two ImageSets, for training and validation, and the classes and words for them. UserError
     where the processes of a run find different ones."""
-    path = fetch(*CIFAR10) if config.data == 'cifar10' else cifar10_path(config.data)
-    folder = ''
     if config.data in ('shapes', 'cifar10') and Path(config.data).is_dir():
         tell(f'--data {config.data} does not mean the folder of that name here: for that one, '
              f'./{config.data}')
+    path = fetch(*CIFAR10) if config.data == 'cifar10' else cifar10_path(config.data)
+    folder = ''
     if config.data == 'shapes':
         train, val = shapes(8000, config.size, seed=1), shapes(1000, config.size, seed=2)
         classes = list(SHAPES)

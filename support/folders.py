@@ -69,6 +69,11 @@ def class_folders(root, folder, others):
             for name in subfolders(root / folder) if name != 'images'}
 
 
+def images_below(folder):
+    """How many images are in a folder, at any depth."""
+    return sum(is_image(file) for *_, files in os.walk(folder) for file in files)
+
+
 def by_class(root, folder, others):
     """class_folders that have images; or if there are none, {'': the images that lie in it}; {}
     without images. UserError where images/ lies beside class folders: one of them could hold masks.
@@ -77,34 +82,37 @@ def by_class(root, folder, others):
     groups = class_folders(root, folder, others)
     found = {name: names for name, names in groups.items() if len(names) > 0}
     empty = [name for name in groups if name not in found]
-    places = {os.path.basename(os.path.dirname(os.fsdecode(name))) for name in loose}
-    if found and 'images' in places:
-        raise UserError(f'{root / folder}: images in images/ and in {min(found)}/ beside it: which '
-                        'are the pictures? Give a folder that holds them alone')
+    for name in subfolders(root / folder):
+        beside = sorted({*found} - {name})
+        if name.lower() == 'images' and beside and images_below(root / folder / name):
+            raise UserError(f'{root / folder}: images in {name}/ and in {beside[0]}/ beside it: '
+                            'which are the pictures? Give a folder that holds them alone')
     if found and len(loose) > 0:
         others['images beside the class folders'] += len(loose)
-    for name in found:
-        for place in subfolders(root / folder / name):
-            if place != 'images':
-                deeper = os.walk(root / folder / name / place)
-                others['images in deeper folders'] += sum(is_image(file) for *_, files in deeper
-                                                          for file in files)
+    if found or len(loose) > 0:
+        for name in groups:
+            deeper = [place for place in subfolders(root / folder / name) if place != 'images']
+            others['images in deeper folders'] += sum(
+                images_below(root / folder / name / place) for place in deeper)
     if found and empty:
-        tell(f'folders without images, left out: {", ".join(empty)}')
+        tell(f'no images directly in {", ".join(empty)}: left out')
     return found or ({'': loose} if len(loose) > 0 else {})
 
 
 def find_splits(root):
     """The names of root's subfolders for training and for validation; '' where there is none.
 
-    Digits may follow, as in test1. A class can be called train, as bus and truck can: a folder of
-    this name is for training where it holds class folders, or where no other folder beside it, but
-    for splits, holds images.
+    Digits may follow, as in test1, if there is one such folder. A class can be called train, as bus
+    and truck can: a folder of this name is for training where it holds class folders, or where no
+    other folder beside it, but for splits, holds images.
     """
     def plain(name):
         return name.lower().rstrip('0123456789')
 
-    by_name = {plain(name): name for name in reversed(subfolders(root))}
+    names = subfolders(root)
+    count = Counter(map(plain, names))
+    by_name = {plain(name): name for name in names if count[plain(name)] == 1}
+    by_name.update({name.lower(): name for name in names})
     train = [by_name[name] for name in TRAIN_NAMES if name in by_name]
     val = [by_name[name] for name in VAL_NAMES if name in by_name]
     if not train:
@@ -160,7 +168,10 @@ def find_root(asked):
 
 def validation_images(root, folder, train):
     """{class: names of images} of a validation folder; {} without any, or without labels."""
-    found = by_class(root, folder, Counter())
+    others = Counter()
+    found = by_class(root, folder, others)
+    if found and others.total():
+        tell(f'left out of {root / folder}: {say_left_out(others)}')
     annotations = root / folder / 'val_annotations.txt'
     if found and annotations.exists():                          # Tiny ImageNet: file, class, box
         with open(annotations, newline='', errors='replace') as f:
@@ -223,7 +234,8 @@ def read_folder(root):
         raise UserError(f'--data {asked}: fewer than two images; {LAYOUTS}')
     tell(used)
     sets = labelled(train, classes), labelled(val, classes)
-    return *sets, [A_SINGLE_CLASS] if classes == [''] else classes, root
+    names = [A_SINGLE_CLASS] if classes == [''] else classes
+    return *sets, names, root
 
 
 def class_words(root, classes):

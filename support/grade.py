@@ -47,9 +47,9 @@ def grade_tokenizer(vae, images, n, device, workers=0, rebuilt=None):
     """Figures of the tokenizer on n images of an ImageSet, a dict; their tokens, (n, L) int64, and
     labels (n,). Unreadable images are left out. UserError if none can be read.
 
-    PSNR in dB, entropy in bits. 'usage k' is the share of the codes that scale k could use at most:
-    all V, or as many as it has tokens, if that is fewer. rebuilt: an array uint8 (n, H, W, 3) that
-    the reconstructions are written to.
+    PSNR in dB, entropy in bits. 'usage k' is the number of codes that scale k uses, divided by V,
+    or by the number of its tokens in these images if that is smaller. rebuilt: an array uint8
+    (n, H, W, 3) that the reconstructions are written to.
     """
     scores, tokens, labels, done = [], [], [], 0
     for batch, indices in images.centres(n, workers):

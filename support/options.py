@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import secrets
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -53,6 +53,24 @@ def sides(text):
     return values
 
 
+# Options that several commands have.
+SHARED = {
+    '--ckpt': dict(type=a_path, default='ckpt.pt', help='of train.py, or a released transformer'),
+    '--tokenizer': dict(type=a_path, help='a released tokenizer, for a released transformer'),
+    '--cls': dict(nargs='+', action='extend',
+                  help='class indices, names, or all [the first ten; in edit.py no class]'),
+    '--n': dict(type=at_least_1, default=8, help='images per class [8]'),
+    '--cfg': dict(type=a_guidance, help='guidance of the last scale [of the checkpoint]'),
+    '--seed': dict(type=a_seed, default=0, help='the same images for the same seed and options'),
+    '--device': dict(help='cuda or cpu [the best there is]')}
+
+
+def add_shared(parser, *names):
+    """Adds options of SHARED to a parser."""
+    for name in names:
+        parser.add_argument(name, **SHARED[name])
+
+
 # ---- --cls ----
 
 
@@ -93,14 +111,15 @@ def labels_of(args, ckpt, var, otherwise):
 # ---- The options of train.py ----
 
 SIZES = ('shapes', '32', '64', '256')           # the columns: drawn shapes, and sizes in pixels
-TEN_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+RELEASED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+RELEASED_SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)        # behind the FID of Section 5.1
 SMALL = dict(ch_mult=(1, 2, 4), z_channels=16, res_blocks=1, normalise=False)
 
 
 def option(help, kind=str, *by_size, saved=True, **default):
     """A field of Config that is also an option of the command line. kind converts its text;
-    by_size are its values in the columns of SIZES, where it has no default; saved is False where a
-    resumed run may have another value."""
+    by_size: its values in the columns of SIZES, instead of a default; saved: whether the checkpoint
+    holds it."""
     metadata = {'help': help, 'kind': kind, 'by_size': by_size, 'saved': saved}
     return field(**default, metadata=metadata)
 
@@ -124,13 +143,13 @@ class Config:
                        'tokenizer, which --tokenizer train trains on', os.path.expanduser,
                        default='')
 
-    # Stage 1.                                                  shapes, 32 px, 64 px, 256 px
+    # Stage 1. Values are those of the columns shapes, 32, 64 and 256 px.
     tokenizer: str = option(
         'train one, use the official one, or that of a file; without it that of --init',
         os.path.expanduser, 'train', 'train', 'train', 'official')
     patch_nums: tuple = option(
         'sides of the token maps, as 1,2,4',
-        sides, (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), TEN_SCALES)
+        sides, (1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16), RELEASED_SCALES)
     ch: int = option(
         'channels of the VQVAE at full resolution', at_least_1, 16, 32, 32, 160)
     vocab_size: int = option(
@@ -152,7 +171,7 @@ class Config:
     depth: int = option(
         'd: width 64 d, d heads, d blocks, equation (7)', at_least_1, 3, 4, 4, 16)
     steps: int = option(
-        'steps of stage 2; without it also no more than show each image 300 times',
+        'steps of stage 2; the default is lowered so that no image is shown more than 300 times',
         a_count, 1750, 6600, 17000, 50000)
     batch: int = option(
         'images per step of stage 2, of all processes', at_least_1, 16, 32, 16, 256)
@@ -162,14 +181,14 @@ class Config:
     views: int = option(
         'stored crops per image: the centre, then random ones', at_least_1, 1, 1, 4, 2)
     flip: bool = option(
-        'mirror at random in stage 1, and every second view in stage 2, which then has two views '
-        'at least', bool, False, False, True, True)
+        'mirror: at random in stage 1; in stage 2 every second view, of at least two',
+        bool, False, False, True, True)
     sampling: dict = unlisted(                                  # options of VAR.generate
         dict(cfg=4., top_k=20, top_p=1.), dict(cfg=6., top_k=100, top_p=1.),
-        dict(cfg=8., top_k=10, top_p=1.), dict(cfg=1.5, top_k=900, top_p=0.96))
+        dict(cfg=8., top_k=10, top_p=1.), RELEASED_SAMPLING)
     micro_batch: int = option('images per forward pass of stage 2; without it as many as fit',
                               at_least_1, default=None)
-    # Tells this run's stored tokens from those of another run.
+    # A random number: tokens that another run stored in the same folder are not used.
     run: int = field(default_factory=lambda: secrets.randbits(62))
 
     # What follows does not define the run.

@@ -5,7 +5,7 @@ import sqlite3
 import sys
 import time
 import unicodedata
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def run(main):
         if is_out_of_memory(e):
             message = ('error: out of memory: try a smaller --batch, in stage 1 a smaller '
                        '--tokenizer-batch')
-        elif 'DataLoader worker' in str(e):
+        elif 'exited unexpectedly' in str(e) or 'killed by signal' in str(e):
             message = ('error: a process that reads images was killed, as happens when memory '
                        'ends: try a smaller --workers')
         else:
@@ -61,7 +61,7 @@ def run(main):
         if message:
             print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
-        # A thread of gloo can abort the process while Python ends: it leaves without that.
+        # While Python shuts down, a thread of gloo can abort the process: os._exit skips that.
         if status == 0:
             dist.destroy_process_group()
         with suppress(OSError):
@@ -79,15 +79,21 @@ def nfc(text):
 # ---- Devices and precision ----
 
 
+def local_rank():
+    """The number of this process on its machine, from 0, as torchrun gives it."""
+    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    return int(os.environ.get('LOCAL_RANK', 0)) if several else 0
+
+
 def pick_device(name=None):
     """The named device, or cuda where there is one, else cpu. UserError if it cannot be used.
 
     Under torchrun it also joins the process group; each process takes the GPU of its local rank.
     """
-    local_rank, world = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    world = int(os.environ.get('WORLD_SIZE', 1))
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        device = torch.device(f'cuda:{local_rank}' if name == 'cuda' else name)
+        device = torch.device(f'cuda:{local_rank()}' if name == 'cuda' else name)
         torch.zeros(1, device=device)                           # only use shows whether it is there
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f'--device {name}: {reason(e)}') from e
@@ -146,6 +152,14 @@ def cast_linear_weights(var, device, name=None):
     return var.to(device)
 
 
+def try_compiler(device):
+    """UserError where torch.compile does not work: it needs a C++ compiler, or Triton."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as e:                      # the compiler can raise anything
+        raise UserError(f'--compile does not work here: {reason(e)}') from e
+
+
 # ---- Processes ----
 
 
@@ -193,8 +207,10 @@ def gather(x):
 
 
 def seed_of(*numbers):
-    """One seed, from 0 to 2^63 - 1, of several numbers. Other numbers give another seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    """One seed, from 0 to 2^63 - 1, that depends on all the numbers."""
+    first, *others = numbers
+    sequence = np.random.SeedSequence(first, spawn_key=others)
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 # ---- The log, files and folders ----
@@ -283,7 +299,7 @@ def write_file(path, write):
 @contextmanager
 def alone_in(folder):
     """Makes a folder, and keeps other runs out of it while the block lasts. UserError if one is at
-    work there. The system opens the lock when a process ends, however it ends.
+    work there. The system releases the lock when a process ends, however it ends.
 
     SQLite is here for its lock of a file, which it has on every system.
     """
@@ -291,17 +307,16 @@ def alone_in(folder):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / '.lock').touch()                              # an OSError where nothing can be written
     lock = sqlite3.connect(folder / '.lock', timeout=0)
     try:
         lock.execute('BEGIN EXCLUSIVE')
     except sqlite3.OperationalError as e:
-        lock.close()
-        raise UserError(f'--out {folder}: another run is at work there ({e}): choose another'
-                        ) from e
-    try:
+        if 'locked' in str(e):
+            raise UserError(f'--out {folder}: another run is at work there: choose another') from e
+        say(f'--out {folder}: no file can be locked there ({e}): start no second run in it')
+    with closing(lock):
         yield
-    finally:
-        lock.close()
 
 
 def move_aside(folder, names):

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from support.data import Request
 from support.images import batch_size, to_tensor
-from support.run import UserError, rank_and_world, tell, wait_for_all, write_file
+from support.run import (UserError, rank_and_world, same_everywhere, tell, wait_for_all,
+                         write_file)
 
 PER_FILE = 2000         # images
 
@@ -26,7 +27,7 @@ def key_of_tokens(vae, images, views, config):
     for weights in vae.state_dict().values():
         key = zlib.crc32(weights.cpu().numpy().tobytes(), key)
     key = torch.tensor([key], device=config.device)
-    if dist.is_initialized():       # a GPU may have rounded the weights of each in its own way
+    if dist.is_initialized():       # config.run is random in each, and GPUs round differently
         dist.broadcast(key, 0)
     return int(key)
 
@@ -106,6 +107,8 @@ def tokenize(vae, images, rows, config, name, views=1):
         raise UserError(f'none of the images for {name} can be read')
     tokens = np.concatenate([tokens for tokens, _ in stored])
     found = np.concatenate([found for _, found in stored])
+    if not same_everywhere(zlib.crc32(found)):
+        raise UserError(f'{folder}: not all processes read the same files there: --resume goes on')
     if len(found) < len(rows):
         tell(f'left out of {name}: {len(rows) - len(found)} of {len(rows)} images, which cannot be '
              'read')
