@@ -215,7 +215,7 @@ class Quantizer(nn.Module):
         self.embedding.requires_grad_(False)                # an EMA codebook: see update()
         # All codes are 0 at first, so that f_hat stays 0 and every scale sees the shrunk f. The
         # first update() replaces them: one by the mean of all vectors, the others by random
-        # vectors. From codes that are random themselves, training would collapse onto a few.
+        # vectors. From codes that are random themselves, training can collapse onto a few.
         nn.init.zeros_(self.embedding.weight)
         phis = nn.ModuleList(Phi(z) for _ in range(phi_count))
         self.quant_resi = nn.ModuleDict({'qresi_ls': phis})

@@ -39,6 +39,7 @@ import edit
 import evaluate
 import reject
 import sample
+import support
 import train
 from support import data, options, tokens
 from support import run as running
@@ -932,8 +933,13 @@ def test_a_run_without_a_terminal_and_with_a_clock_that_is_set_back(stdout, trai
 
 
 def test_surroundings(trained, tmp_path, monkeypatch, capsys):
-    """No compiler, what an old job left, file systems."""
+    """An old Python, no compiler, what an old job left, file systems."""
     go = partial(command, train, '--data', trained / 'images', *TINY, '--out', tmp_path, folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr('sys.version_info', (3, 9, 18))
+        with pytest.raises(SystemExit, match='2'):
+            importlib.reload(support)
+        assert capsys.readouterr().err == 'error: Python 3.10 or newer is needed\n'
     with monkeypatch.context() as patch:
         patch.setenv('LOCAL_RANK', '3')
         assert running.local_rank() == 0
