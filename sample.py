@@ -6,9 +6,9 @@
     python sample.py --cls 3 --scales growing.gif           # the images growing scale by scale
     python sample.py --npz samples.npz --n 50 --cls all     # for the evaluators of FID
 
-Paper: equation (6) draws the tokens, Algorithm 2 makes images of them; Section 5.1, Table 3
-(guidance, top-k). Editing, rejection sampling and evaluation are in experiments/. Letters: B images
-per batch, N in all, H x W pixels, K scales.
+Paper: equation (6) draws the tokens, Algorithm 2 makes images of them; Section 5.1; Section 7,
+Table 3 (guidance, top-k). Editing, rejection sampling and evaluation are in experiments/. Letters:
+B images per batch, N in all, H x W pixels, K scales.
 """
 import math
 import time
@@ -58,39 +58,34 @@ def draw_all(vae, generate, labels, seed=0, batch=None, precision_name=None, sca
     generate(labels=, seed=) returns K token maps (B, l): VAR.generate with all else given. batch:
     images per pass. Every batch has a seed of its own, so that the images are the same for any
     number of processes.
-    Yields for each batch, in the first process alone, the index of its first image and the images,
-    uint8 (B, S, H, W, 3). S is 1; with scales it is K: the image after each scale.
+    Returns uint8 (N, S, H, W, 3), in all processes but the first None. S is 1; with scales it is K:
+    the image after each scale.
     """
     rank, world = rank_and_world()
     began = time.monotonic()
     device = vae.quantize.embedding.weight.device
     batch = batch or batch_size(vae.image_size)
     batches = labels.split(batch)
+    frames = None
+    if rank == 0:                               # 50,000 images of 256 px take 10 GB
+        S, H = len(vae.patch_nums) if scales else 1, vae.image_size
+        frames = np.empty((len(labels), S, H, H, 3), np.uint8)
     for first in range(0, len(batches), world):                 # a batch for each process
         index = first + rank
-        frames = None
+        drawn = None
         if index < len(batches):
             with precision(device, precision_name):
                 maps = generate(labels=batches[index].to(device), seed=seed_of(seed, index))
                 images = vae.decode_scales(maps) if scales else [vae.decode(maps)]
-                frames = np.stack([to_uint8(x) for x in images], axis=1)    # (B, S, H, W, 3)
-        for i, part in enumerate(gather(frames) or []):
+                drawn = np.stack([to_uint8(x) for x in images], axis=1)     # (B, S, H, W, 3)
+        for i, part in enumerate(gather(drawn) or []):
             if part is not None:
-                yield (first + i) * batch, part
+                start = (first + i) * batch
+                frames[start:start + len(part)] = part
         done = min(first + world, len(batches))
         left = (time.monotonic() - began) / done * (len(batches) - done)
         tell(f'\r{done} of {len(batches)} batches, {left:.0f} s left ', end='')
     tell('')
-
-
-def collect(parts, n):
-    """What draw_all() yields for n labels, in one array: uint8 (n, S, H, W, 3). None in all
-    processes but the first."""
-    frames = None
-    for start, part in parts:
-        if frames is None:
-            frames = np.empty((n, *part.shape[1:]), np.uint8)   # 50,000 of 256 px take 10 GB
-        frames[start:start + len(part)] = part
     return frames
 
 
@@ -135,8 +130,8 @@ def main():
     if args.scales:
         image_format(args.scales, side if is_gif else (vae.image_size + 2) * len(labels))
     generate = partial(var.generate, vae, **options)
-    frames = collect(draw_all(vae, generate, labels, args.seed, args.batch, args.precision,
-                              bool(args.scales)), len(labels))
+    frames = draw_all(vae, generate, labels, args.seed, args.batch, args.precision,
+                      bool(args.scales))
     if rank_and_world()[0] > 0:
         return
     images = frames[:, -1]                                                  # (N, H, W, 3)

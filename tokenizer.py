@@ -201,8 +201,8 @@ class Quantizer(nn.Module):
 
     One codebook serves all scales, because all of them encode a part of the same f, and f_hat is
     their sum. Shrinking by area takes the mean, which is the best single vector for a cell.
-    Enlarging is bicubic, because a smooth guess needs less repair than one with steps.
-    As in the release, codes are compared and summed in float32, outside of autocast.
+    Enlarging is bicubic, as in the release: smooth, where nearest neighbours would leave steps. As
+    in the release, codes are compared and summed in float32, outside of autocast.
     """
     decay = 0.98            # of the EMA
     dead_below = 0.02       # a code is dead when it has less than this share of the average usage
@@ -382,7 +382,7 @@ class VQVAE(nn.Module):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
                 nn.init.zeros_(module.bias)
             # Residual branches start at zero, so that a deep network without normalisation is
-            # stable, and one with normalisation trains faster.
+            # stable.
             if name.endswith(('conv2', 'proj_out')):
                 nn.init.zeros_(module.weight)
 
@@ -434,13 +434,12 @@ class VQVAE(nn.Module):
         """One training pass: images (B, 3, H, W) -> rebuilt (B, 3, H, W) and the quantizer loss, a
         scalar. In training it also moves the codebook.
 
-        The loss is || f - f_hat || of (5), averaged over f_hat after each of the scales: each phi
-        has to bring f_hat close to f before finer scales come, and f is pulled towards every
-        partial sum. After the last scale alone, a coarse phi could be wrong and leave it to the
-        finer ones. In the release the first of its two terms trains the codebook and phi. Here it
-        trains phi alone, because the codebook is an EMA. Nothing else trains phi: the
-        straight-through estimator below hides f_hat from the gradients of the image losses. The
-        second term is the commitment loss. Source of both and of the weight 0.25: the release.
+        The loss is || f - f_hat || of (5), averaged over f_hat after each of the scales, with the
+        release's weight 0.25 for its second term: each phi has to bring f_hat close to f before
+        finer scales come. After the last scale alone, a coarse phi could leave its errors to the
+        finer scales. The first term trains phi alone (in the release the codebook, too, which here
+        is an EMA), and nothing else does: the straight-through estimator below hides f_hat from the
+        image losses. The second, the commitment loss, pulls f towards every partial sum.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         loss, tokens, vectors = 0., [], []
@@ -476,7 +475,7 @@ class VQVAE(nn.Module):
         is_new = not weights['quantize.embedding.weight'].any()
         if len(hits) != len(patch_nums) or not (hits.any() or is_new):
             hits = torch.ones(len(patch_nums), V)
-        if hits.sum() > 2:                      # no shares: the release has hits per batch
+        if hits.sum() > 2:                      # the release counts hits, not shares
             hits = hits / hits.sum()
         vae.load_state_dict({**weights, 'quantize.ema_vocab_hit_SV': hits})
         return vae

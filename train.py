@@ -9,13 +9,15 @@
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
 Departures from the paper and the released recipe:
 - Stage 1 also has an L1 term. Its L_P and L_G are those of support/losses.py: L_G starts half-way
-  through stage 1. Up to 64 px there is no L_P, and for drawn shapes no L_G.
+  through stage 1. Up to 64 px there is no L_P, and for drawn shapes of 32 px no L_G. Below 256 px
+  the tokenizer is smaller, and has no normalisation.
 - Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops. At 64 px and
   more, images are also mirrored.
-- The learning rate decays to 0.01 of its peak at every depth (in the release to 0.1 for d 16 and
-  20), and does not depend on the batch.
-  AdamW's weight decay is 0.05. Batches and the number of steps are smaller, and at 32 and 64 px
-  the learning rates are larger.
+- The learning rate decays to 0.01 of its peak at every depth (in the release to 0.1 for d16 and
+  d20), and does not depend on the batch, nor its peak on the depth (8e-5 from d24 up). AdamW's
+  weight decay stays at 0.05 (0.08 at the end for d30 and d36). Batches and the number of steps are
+  smaller, and at 32 and 64 px the learning rates are larger.
+- Small models are sampled with guidance 4 to 8 and top-k 10 to 100.
 What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
 killed and resumed therefore ends with the same bits as one that was not. Several processes train
 as one does, with three differences: each draws its own dropout, each computes lambda_G from its own
@@ -37,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.checkpoints import load, make_models, read_state, write_state
-from support.data import random_crops, read_data, spread, step_rows
+from support.data import random_crops, read_data, step_rows
 from support.folders import cifar10_path
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import batch_size, make_grid, save_image, to_tensor, to_uint8
@@ -46,7 +48,7 @@ from support.options import make_config, parse
 from support.run import (UserError, add_up, alone_in, choose_precision, is_out_of_memory,
                          move_aside, nfc, pick_device, precision, rank_and_world, run, say,
                          seed_of, show, tell, try_compiler, write_file, write_log)
-from support.tokens import tokenize
+from support.tokens import tokenize_both
 
 SAVE_EVERY = 60         # seconds from one checkpoint to the next, at least
 SAVING = 0.02           # share of the time that saving may take: slow disks save less often
@@ -89,7 +91,7 @@ class TokenizerStage(nn.Module):
         images = to_tensor(images)                                          # (B, 3, H, W)
         rebuilt, quantizer_loss = self.vae(images)
         mse = F.mse_loss(rebuilt, images)       # || im - im_hat || as a mean square, like VQGAN's
-        # L1 is not in (5): it keeps edges sharper.
+        # L1 is not in (5).
         loss = mse + 0.2 * F.l1_loss(rebuilt, images) + quantizer_loss      # + || f - f_hat ||
         figures = {'PSNR': -10 * torch.log10(mse.detach() / 4),             # peak to peak is 2
                    'quantizer': quantizer_loss.detach()}
@@ -132,8 +134,8 @@ class TransformerStage(nn.Module):
         self.lr = config.lr
         self.images, views, _ = train[0].shape
         self.rows = self.images * views
-        # On a GPU the whole part of this process at first: gradients() halves it where memory ends.
-        # On a CPU the system would end the process instead.
+        # A GPU starts with the whole part of this process: gradients() halves it where memory ends.
+        # On a CPU the system would end the process, so that large images go eight at a time.
         part = config.batch // rank_and_world()[1]
         most = 8 if config.device.type == 'cpu' and config.size > 64 else part
         self.micro_batch = min(config.micro_batch or most, part)
@@ -391,8 +393,7 @@ def train_both(config, train, val, vae, var, state):
     if rank == 0 and not state['optimizer']:    # --resume is not to repeat stage 1
         write_file(config.out / 'ckpt.pt', lambda f: torch.save(state, f))
 
-    stored = tokenize(vae, train, range(len(train)), config, 'train', config.views)
-    stored_val = tokenize(vae, val, spread(len(val), 1000), config, 'val')
+    stored, stored_val = tokenize_both(vae, train, val, config)
     unread = sorted({*train.labels.tolist()} - {*stored[1].tolist()})
     if unread:
         raise UserError(f'no training image of class {state["classes"][unread[0]]} can be read')

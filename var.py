@@ -22,14 +22,15 @@ of a real image, and one pass computes all columns. In sampling they are the mod
 column takes a pass, from left to right; f_hat of all four then goes through the decoder.
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
-Section 6 for editing. Where paper and released weights differ, this file follows the weights:
+Section 6 for editing. Where paper and release differ, this file follows the release:
 - Guidance is 2.0 in Table 3, which does not say in which convention, and 1.5 in the release; top-k
   is 600 and 900. The release writes (1 + t) c - t u, for logits c with the class and u without, and
   t grows linearly over the scales, from 0 to the option cfg: 0, 0.17, 0.33, ... 1.5 for ten scales.
-  Thus the coarse scales, which settle what the image is about, keep their variety. Elsewhere
+  The idea: coarse scales, which settle what the image is about, keep their variety. Elsewhere
   guidance is often written u + s (c - u): there s is 1 + t, so that the release's 1.5 is s = 2.5.
 - Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
+The release's "more smooth" sampling, for pictures to look at, is left out.
 
 Letters: B batch, K scales, p side of the token map of one scale, l = p * p its tokens, P side of
 the last map, L tokens of all scales, m tokens in the cache, w width, d depth, h heads, V codes,
@@ -329,8 +330,8 @@ class VAR(nn.Module):
                 logits = (1 + t) * logits[:B] - t * logits[B:]                  # (B, l, V)
             logits = filter_logits(logits, top_k, top_p)                        # (B, l, V)
             # All tokens of the scale are drawn at once: given r_<k they are independent. Two
-            # neighbours can therefore each fit what is there and not fit each other. The coarser
-            # scales have settled most of what they share, and the finer ones see both, and repair.
+            # neighbours can therefore each fit what is there and not fit each other. VAR relies on
+            # the coarser scales having settled what they share, and on the finer ones to repair.
             r_k = draw(logits.softmax(-1), generator)                           # (B, l)
             if given is not None:
                 r_k = torch.where(kept_tokens(keep, p).to(device), given[k], r_k)
@@ -397,8 +398,8 @@ def draw(probabilities, generator):
 def kept_tokens(keep, p):
     """Which tokens of a p x p map the mask (P, P) keeps: bool (l,). Source: the release.
 
-    The mask is shrunk bilinearly and cut at one half: a cell becomes the weighted mean of the four
-    mask values around its middle, however large it is, and one of exactly one half is drawn anew.
+    The mask is shrunk bilinearly and cut at one half: each cell takes the weighted mean of the four
+    mask values nearest its middle, however large it is, and a mean of just one half is not kept.
     The 1x1 map is always kept: its token stands for the whole image.
     """
     if p == 1:

@@ -10,7 +10,7 @@ continues where it was. Cost is the time of sampling, relative to raster-scan AR
 and values. Frechet distance and the share that is classified correctly come from the classifier of
 judge.py, the loss from a thousand validation images. Losses of raster-scan AR are left out, because
 its tokens come from another tokenizer.
-Writes ablation.md, the table, and ablation.png, the first sample of each class, a row per row.
+Writes ablation.md, the table, and ablation.png, a row of samples for each row of the table.
 
 Letters: B images per batch, H x W pixels, C classes, n samples of each, w width, h heads, l tokens,
 V codes, z code dimension.
@@ -23,18 +23,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from judge import draw_classes, train_classifier                            # noqa: E402
-from raster import Raster                                                   # noqa: E402
-from support.checkpoints import read_checkpoint                             # noqa: E402
-from support.data import read_data, spread                                  # noqa: E402
-from support.images import make_grid, save_image                            # noqa: E402
-from support.options import (a_guidance, a_path, make_config, make_parser,  # noqa: E402
-                             number)
-from support.run import pick_device, read_log, run                          # noqa: E402
-from support.tokens import key_of_tokens, tokenize                          # noqa: E402
-from tokenizer import VQVAE                                                 # noqa: E402
-from train import TokenizerStage, TransformerStage, train_stage             # noqa: E402
-from var import VAR                                                         # noqa: E402
+from judge import draw_classes, train_classifier
+from raster import Raster
+from support.checkpoints import read_checkpoint
+from support.data import read_data
+from support.images import make_grid, save_image
+from support.options import (a_count, a_guidance, a_path, add_shared, at_least_1,
+                             make_config, make_parser)
+from support.run import pick_device, read_log, run
+from support.tokens import key_of_tokens, tokenize_both
+from tokenizer import VQVAE
+from train import TokenizerStage, TransformerStage, train_stage
+from var import VAR
 
 # ---- What the paper's components are compared with ----
 
@@ -103,22 +103,15 @@ def train_or_load(make_stage, config, tokens=None):
 
 
 def train_tokenizer(config, train, val):
-    """The VQVAE of a config, trained; the stored tokens of training and validation images, as
-    tokenize_both() returns them."""
+    """The VQVAE of a config, trained; the stored tokens of training and validation images; and
+    their key_of_tokens()."""
     def make_stage():
         vae = VQVAE(config.patch_nums, config.vocab_size, ch=config.ch, **config.network)
         return TokenizerStage(config, vae, train, val)
 
     vae = train_or_load(make_stage, config).vae
-    return vae, *tokenize_both(vae, train, val, config)
-
-
-def tokenize_both(vae, train, val, config):
-    """The stored tokens of all training images and of a thousand validation images, as tokenize()
-    returns them, and their key_of_tokens()."""
-    stored = tokenize(vae, train, range(len(train)), config, 'train', config.views)
-    stored_val = tokenize(vae, val, spread(len(val), 1000), config, 'val')
-    return stored, stored_val, key_of_tokens(vae, train, config.views, config)
+    key = key_of_tokens(vae, train, config.views, config)
+    return vae, *tokenize_both(vae, train, val, config), key
 
 
 def train_transformer(config, num_classes, vae, stored, stored_val, key, model, normalised):
@@ -142,17 +135,17 @@ def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add('--data', default='shapes', help='as for train.py [shapes]')
-    add('--depth', type=number(int, 1), default=3, help='of all rows but the last [3]')
-    add('--deeper', type=number(int, 1), default=5, help='depth of the last row [5]')
-    add('--steps', type=number(int, 1), default=1000, help='of each transformer [1000]')
-    add('--tokenizer-steps', type=number(int, 1), default=900,
+    add('--depth', type=at_least_1, default=3, help='of all rows but the last [3]')
+    add('--deeper', type=at_least_1, default=5, help='depth of the last row [5]')
+    add('--steps', type=at_least_1, default=1000, help='of each transformer [1000]')
+    add('--tokenizer-steps', type=at_least_1, default=900,
         help='of both tokenizers, that with all scales and that with one [900]')
-    add('--top-k', type=number(int, 0), default=40, help='likeliest codes [40]')
+    add('--top-k', type=a_count, default=40, help='likeliest codes [40]')
     add('--cfg', type=a_guidance, default=4., help='guidance of the last scale [4]')
-    add('--n', type=number(int, 1), default=50, help='samples per class [50]')
-    add('--judge-steps', type=number(int, 1), default=400, help='of the classifier [400]')
+    add('--n', type=at_least_1, default=50, help='samples per class [50]')
+    add('--judge-steps', type=at_least_1, default=400, help='of the classifier [400]')
     add('--out', type=a_path, default='ablation', help='folder for everything [ablation]')
-    add('--device', help='cuda or cpu [the best there is]')
+    add_shared(parser, '--device')
     return parser.parse_args()
 
 

@@ -25,15 +25,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt                                             # noqa: E402
+import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from raster import Raster                                                   # noqa: E402
-from support.options import a_path, make_parser, number                     # noqa: E402
-from support.run import (cast_linear_weights, choose_precision,             # noqa: E402
+from raster import Raster
+from support.options import a_path, add_shared, at_least_1, make_parser
+from support.run import (cast_linear_weights, choose_precision,
                          pick_device, precision, run)
-from tokenizer import VQVAE                                                 # noqa: E402
-from var import VAR                                                         # noqa: E402
+from tokenizer import VQVAE
+from var import VAR
 
 # The scales of the comparison, by n. The sides grow geometrically, as the appendix assumes.
 GRIDS = {8: (1, 2, 3, 4, 6, 8),
@@ -157,19 +157,19 @@ def draw(sides, times, d, path):
 def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--depths', type=number(int, 1), nargs='+', default=[2, 4, 6, 16],
+    add('--depths', type=at_least_1, nargs='+', default=[2, 4, 6, 16],
         help='that are trained and sampled, at 256 px [2 4 6 16]')
-    add('--batch', type=number(int, 1), default=4,
+    add('--batch', type=at_least_1, default=4,
         help='images that are tokenized, and images per training step [4]')
-    add('--draw', type=number(int, 1), nargs='+', default=[1, 8],
+    add('--draw', type=at_least_1, nargs='+', default=[1, 8],
         help='images sampled at once [1 8]')
-    add('--baseline-depth', type=number(int, 1), default=6,
+    add('--baseline-depth', type=at_least_1, default=6,
         help='depth of VAR and of raster-scan AR in their comparison [6]')
     add('--grids', type=int, nargs='+', choices=GRIDS, default=[*GRIDS],
         help='sides of the last token map in that comparison [all of these]')
     add('--compile', action='store_true', help='training also with torch.compile')
     add('--out', type=a_path, default='bench.png', help='the picture [bench.png]')
-    add('--device', help='cuda or cpu [the best there is]')
+    add_shared(parser, '--device')
     return parser.parse_args()
 
 

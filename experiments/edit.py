@@ -23,12 +23,12 @@ import torch
 from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import collect, draw_all, load_both                             # noqa: E402
-from support.images import (crop, image_file, make_grid, open_image,        # noqa: E402
-                            save_image, to_tensor)
-from support.options import a_path, add_shared, labels_of, make_parser      # noqa: E402
-from support.run import (UserError, cast_linear_weights, pick_device,       # noqa: E402
-                         rank_and_world, run)
+from sample import draw_all, load_both
+from support.images import (crop, image_file, make_grid, open_image, save_image,
+                            to_tensor)
+from support.options import a_path, add_shared, labels_of, make_parser
+from support.run import (UserError, cast_linear_weights, pick_device, rank_and_world,
+                         run)
 
 
 def parse_box(text):
@@ -110,7 +110,7 @@ def main():
     keep = torch.from_numpy(~new).to(device)                                # (P, P)
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
     generate = partial(var.generate, vae, given=given, keep=keep, **options)
-    frames = collect(draw_all(vae, generate, labels, args.seed), len(labels))
+    frames = draw_all(vae, generate, labels, args.seed)
     if rank_and_world()[0] > 0:
         return
     drawn = frames[:, -1]                                                   # (N, H, W, 3)

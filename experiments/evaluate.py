@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import write_npz                                                # noqa: E402
-from support.checkpoints import class_indices, load                         # noqa: E402
-from support.data import read_data                                          # noqa: E402
-from support.grade import grade_tokenizer, grade_transformer                # noqa: E402
-from support.options import (a_count, a_path, add_shared, at_least_1,       # noqa: E402
-                             make_config, make_parser)
-from support.run import (UserError, pick_device, precision, rank_and_world, # noqa: E402
-                         run, tell)
+from sample import write_npz
+from support.checkpoints import class_indices, load
+from support.data import read_data
+from support.grade import grade_tokenizer, grade_transformer
+from support.options import (a_count, a_path, add_shared, at_least_1, make_config,
+                             make_parser)
+from support.run import UserError, pick_device, precision, rank_and_world, run
 
 
 def data_config(ckpt, size, data=None):
@@ -47,9 +46,6 @@ def match_classes(classes, ckpt, var):
     if unknown:
         raise UserError(f'the transformer has {var.num_classes} classes, and does not know '
                         f'{len(unknown)} of the {len(classes)} of --data: {", ".join(unknown[:5])}')
-    if not names:
-        tell('the weights do not name their classes: their class i is taken for the i-th of '
-             f'{", ".join(classes[:5])}{", ..." if len(classes) > 5 else ""}')
     return torch.tensor(indices)
 
 
@@ -60,18 +56,17 @@ def show(title, figures):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add_shared(parser, '--ckpt', '--tokenizer', '--device')
-    add('--data', help='as for train.py [what the checkpoint was trained on]')
+    add_shared(parser, '--ckpt', '--tokenizer', '--data', '--device')
     add('--n', type=at_least_1, default=sys.maxsize, help='validation images [all]')
     add('--out', type=a_path, default='reconstructions.npz', help='the images, rebuilt')
     add('--workers', type=a_count, default=0, help='processes that read images')
     args = parser.parse_args()
     device = pick_device(args.device)
-    if rank_and_world()[0] > 0:                 # the first process grades all
-        return
     vae, var, ckpt = load(args.ckpt, args.tokenizer)
     vae, size = vae.to(device), vae.image_size
     _, val, classes, _ = read_data(data_config(ckpt, size, args.data))
+    if rank_and_world()[0] > 0:                 # the first process grades all
+        return
     if var is not None:
         indices = match_classes(classes, ckpt, var)
     rebuilt = np.empty((min(args.n, len(val)), size, size, 3), np.uint8)

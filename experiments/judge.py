@@ -26,12 +26,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import data_config, match_classes                             # noqa: E402
-from sample import collect, draw_all, load_both                             # noqa: E402
-from support.data import read_data                                          # noqa: E402
-from support.images import to_tensor                                        # noqa: E402
-from support.options import add_shared, at_least_1, make_parser             # noqa: E402
-from support.run import UserError, pick_device, rank_and_world, run         # noqa: E402
+from evaluate import data_config, match_classes
+from sample import draw_all, load_both
+from support.data import read_data
+from support.images import to_tensor
+from support.options import add_shared, at_least_1, make_parser
+from support.run import UserError, pick_device, rank_and_world, run
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -139,7 +139,7 @@ def draw_classes(vae, var, n, indices, sampling):
     """n samples of each class of `indices` (C,), a tensor: uint8 (C, n, H, W, 3). None in all
     processes but the first."""
     labels = indices.repeat_interleave(n)
-    frames = collect(draw_all(vae, partial(var.generate, vae, **sampling), labels), len(labels))
+    frames = draw_all(vae, partial(var.generate, vae, **sampling), labels)
     if frames is None:
         return None
     return frames[:, -1].reshape(len(indices), n, *frames.shape[2:])
@@ -148,8 +148,7 @@ def draw_classes(vae, var, n, indices, sampling):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add_shared(parser, '--ckpt', '--device')
-    add('--data', help='as for train.py [what --ckpt was trained on]')
+    add_shared(parser, '--ckpt', '--data', '--device')
     add('--n', type=at_least_1, default=50, help='samples per class [50]')
     add('--steps', type=at_least_1, default=400, help='steps of the classifier [400]')
     args = parser.parse_args()

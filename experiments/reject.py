@@ -18,13 +18,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import (collect, draw_all, load_both, sheet, shuffled,          # noqa: E402
-                    write_npz)
-from support.images import image_file, save_image                           # noqa: E402
-from support.options import (a_path, add_shared, at_least_1, labels_of,     # noqa: E402
-                             make_parser)
-from support.run import (UserError, pick_device, rank_and_world, reason,    # noqa: E402
-                         run, seed_of)
+from sample import draw_all, load_both, sheet, shuffled, write_npz
+from support.images import image_file, save_image
+from support.options import a_path, add_shared, at_least_1, labels_of, make_parser
+from support.run import UserError, pick_device, rank_and_world, reason, run, seed_of
 
 
 def log_likelihood(vae, var, labels, maps):
@@ -72,7 +69,7 @@ def load_classifier(path, device):
     logging.getLogger('torch.export').setLevel(logging.CRITICAL)    # it would log the traceback
     try:
         return torch.export.load(path).module().to(device)
-    except Exception as e:                      # so can a damaged file
+    except Exception as e:                      # a damaged file can raise anything
         raise UserError(f'--classifier {path}: {reason(e)}; it must be a file of torch.export.save'
                         ) from e
 
@@ -94,7 +91,7 @@ def main():
     if args.npz:
         labels = shuffled(labels, args.seed)
     generate = partial(best_of, vae, var, args.rounds, classifier, **ckpt['sampling'])
-    frames = collect(draw_all(vae, generate, labels, args.seed), len(labels))
+    frames = draw_all(vae, generate, labels, args.seed)
     if rank_and_world()[0] > 0:
         return
     images = frames[:, -1]                                                  # (N, H, W, 3)

@@ -24,17 +24,19 @@ import matplotlib
 import numpy as np
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt                                             # noqa: E402
+import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ablation import tokenize_both, train_or_load                           # noqa: E402
-from support.checkpoints import load                                        # noqa: E402
-from support.data import read_data                                          # noqa: E402
-from support.images import make_grid, save_image, to_uint8                  # noqa: E402
-from support.options import a_path, make_config, make_parser, number        # noqa: E402
-from support.run import UserError, pick_device, read_log, run, write_file   # noqa: E402
-from train import TransformerStage                                          # noqa: E402
-from var import VAR                                                         # noqa: E402
+from ablation import train_or_load
+from support.checkpoints import load
+from support.data import read_data
+from support.images import make_grid, save_image, to_uint8
+from support.options import (a_path, add_shared, at_least_1, make_config, make_parser,
+                             number)
+from support.run import UserError, pick_device, read_log, run, write_file
+from support.tokens import key_of_tokens, tokenize_both
+from train import TransformerStage
+from var import VAR
 
 FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
            'error last': 'Err, last scale', 'error': 'Err, all scales'}
@@ -50,7 +52,8 @@ class Run:
 
 
 def parameters(var):
-    """N: the weights without embeddings and head, which is what equation (8) counts."""
+    """N: the parameters of the blocks: what equation (8) counts, and their few biases and scales.
+    """
     return sum(p.numel() for p in var.blocks.parameters())
 
 
@@ -168,16 +171,14 @@ def draw_laws(runs, path):
 def parse():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--ckpt', type=a_path, default='ckpt.pt', help='its tokenizer and its options are used')
-    add('--data', help='as for train.py [what --ckpt was trained on]')
-    add('--depths', type=number(int, 1), nargs='+', default=[2, 3, 4, 6],
+    add_shared(parser, '--ckpt', '--data', '--device')
+    add('--depths', type=at_least_1, nargs='+', default=[2, 3, 4, 6],
         help='of the transformers [2 3 4 6]')
-    add('--steps', type=number(int, 1), default=1000, help='of each [1000]')
-    add('--batch', type=number(int, 1), default=32, help='images per step [32]')
+    add('--steps', type=at_least_1, default=1000, help='of each [1000]')
+    add('--batch', type=at_least_1, default=32, help='images per step [32]')
     add('--lr', type=number(float, 0), default=1.5e-3,
         help='peak learning rate at depth 4; at depth d it is sqrt(4 / d) times that [0.0015]')
     add('--out', type=a_path, default='scaling', help='folder for everything [scaling]')
-    add('--device', help='cuda or cpu [the best there is]')
     return parser.parse_args()
 
 
@@ -194,7 +195,8 @@ def main():
     # Tokens go to the folder of the first depth, where no other machine writes.
     config = make_config(dict(base, out=args.out / f'd{args.depths[0]}'), ckpt['config'])
     train, val, classes, _ = read_data(config)
-    stored, stored_val, key = tokenize_both(vae, train, val, config)
+    stored, stored_val = tokenize_both(vae, train, val, config)
+    key = key_of_tokens(vae, train, config.views, config)
     V, z = vae.quantize.embedding.weight.shape
     runs = []
     for depth in args.depths:

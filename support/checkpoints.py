@@ -2,6 +2,7 @@
 import math
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -38,10 +39,7 @@ def fetch(address, sha256, folder=Path('data')):
 
 def unwrap(weights):
     """A state dict without the prefixes that torch.compile and DistributedDataParallel add."""
-    for prefix in ('module.', '_orig_mod.', 'module.'):
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+    return {re.sub(r'^((module|_orig_mod)\.)+', '', name): x for name, x in weights.items()}
 
 
 def read_checkpoint(path):
@@ -154,7 +152,7 @@ def make_models(config, given, classes, resumed=None):
         vae = VQVAE(config.patch_nums, config.vocab_size, ch=config.ch, **config.network)
     V, z = vae.quantize.embedding.weight.shape
     if var is None:
-        torch.manual_seed(seed_of(config.seed))     # whatever the tokenizer drew
+        torch.manual_seed(seed_of(config.seed))     # the same weights with any tokenizer
         var = VAR(vae.patch_nums, config.depth, len(classes), V, z)
     if vae.image_size != config.size:
         raise UserError(f'--size {config.size}: with the scales {vae.patch_nums} {source} makes '
@@ -176,6 +174,9 @@ def class_indices(classes, known, num_classes):
     class, which needs none, the order tells, if the data have as many.
     """
     if len(classes) == num_classes and (not known or num_classes == 1):
+        if not known:
+            tell('the weights do not name their classes: their class i is taken for the i-th of '
+                 f'{", ".join(classes[:5])}{", ..." if len(classes) > 5 else ""}')
         return list(range(num_classes))
     index = {nfc(name): i for i, name in enumerate(known)}
     return [index.get(nfc(name)) for name in classes]
@@ -195,8 +196,6 @@ def rename_classes(var, known, classes):
                 var.class_emb.weight[i] = old[index]
         var.class_emb.weight[-1] = old[-1]                                  # "no class"
     new = [name for name, index in zip(classes, indices) if index is None]
-    if not known and not new:
-        tell(f'the weights do not name their classes: those of --data are taken in order')
     if new:
         tell(f'{len(new)} of {len(classes)} classes are new to the transformer: '
              f'{", ".join(new[:5])}')

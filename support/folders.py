@@ -102,9 +102,9 @@ def by_class(root, folder, others):
 def find_splits(root):
     """The names of root's subfolders for training and for validation; '' where there is none.
 
-    Digits may follow, as in test1, if there is one such folder. A class can be called train, as bus
-    and truck can: a folder of this name is for training where it holds class folders, or where no
-    other folder beside it, but for splits, holds images.
+    Digits may follow, as in test1, if there is one such folder. A folder called train is the split
+    if it holds class folders, or if splits are the only folders with images. Otherwise it is a
+    class, like bus and truck.
     """
     def plain(name):
         return name.lower().rstrip('0123456789')
@@ -181,8 +181,7 @@ def validation_images(root, folder, train):
             label = class_of.get(os.path.basename(os.fsdecode(name)), 'unknown')
             groups.setdefault(label, []).append(name)
         return {label: np.array(names) for label, names in groups.items()}
-    without_labels = '' in found
-    return {} if without_labels and '' not in train else found
+    return {} if '' in found and '' not in train else found     # images without labels
 
 
 def hold_out(groups):

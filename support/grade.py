@@ -74,8 +74,7 @@ def grade_tokenizer(vae, images, n, device, workers=0, rebuilt=None):
     figures = {'PSNR': decibels, 'SSIM': similarity,
                'codebook usage': (hits.sum(0) > 0).float().mean().item(),
                'bits per token': bits / tokens.shape[1], 'bits per image': bits}
-    for k, value in enumerate(usage.tolist()):
-        figures[f'usage {k}'] = value
+    figures |= {f'usage {k}': value for k, value in enumerate(usage.tolist())}
     return figures, tokens, torch.cat(labels)
 
 

@@ -57,6 +57,7 @@ def sides(text):
 SHARED = {
     '--ckpt': dict(type=a_path, default='ckpt.pt', help='of train.py, or a released transformer'),
     '--tokenizer': dict(type=a_path, help='a released tokenizer, for a released transformer'),
+    '--data': dict(help='as for train.py [what the checkpoint was trained on]'),
     '--cls': dict(nargs='+', action='extend',
                   help='class indices, names, or all [the first ten; in edit.py no class]'),
     '--n': dict(type=at_least_1, default=8, help='images per class [8]'),
@@ -110,7 +111,8 @@ def labels_of(args, ckpt, var, otherwise):
 
 # ---- The options of train.py ----
 
-SIZES = ('shapes', '32', '64', '256')           # the columns: drawn shapes, and sizes in pixels
+# The columns: drawn shapes of 32 px, and sizes of other images in pixels.
+SIZES = ('shapes', '32', '64', '256')
 RELEASED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 RELEASED_SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)        # behind the FID of Section 5.1
 SMALL = dict(ch_mult=(1, 2, 4), z_channels=16, res_blocks=1, normalise=False)
@@ -140,8 +142,8 @@ class Config:
     limit: int = option('use at most so many images per class; 0: all', a_count, default=0)
     seed: int = option('seed of everything random', a_seed, default=0)
     init: str = option('a file of weights to start from, for fine-tuning: its transformer, and its '
-                       'tokenizer, which --tokenizer train trains on', os.path.expanduser,
-                       default='')
+                       'tokenizer, with which stage 1 goes on after --tokenizer train',
+                       os.path.expanduser, default='')
 
     # Stage 1. Values are those of the columns shapes, 32, 64 and 256 px.
     tokenizer: str = option(
@@ -209,11 +211,6 @@ class Config:
                 if f.metadata.get('saved', True)}
 
 
-def as_text(value):
-    """A value as the command line takes it."""
-    return ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def parse(description):
     """What the command line of train.py gives, as a dict; an option that is not given is not in it.
     """
@@ -223,7 +220,8 @@ def parse(description):
             continue
         text, by_size = f.metadata['help'], f.metadata['by_size']
         if by_size:
-            values = [f'{size}: {as_text(value)}' for size, value in zip(SIZES, by_size)]
+            values = [f'{size}: {str(value).strip("()").replace(" ", "")}'
+                      for size, value in zip(SIZES, by_size)]
             text += f' [{"; ".join(values)}]'
         elif f.default not in (None, '', False):
             text += f' [{f.default}]'

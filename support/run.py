@@ -307,7 +307,7 @@ def alone_in(folder):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / '.lock').touch()                              # an OSError where nothing can be written
+    (folder / '.lock').touch()                              # OSError where nothing can be written
     lock = sqlite3.connect(folder / '.lock', timeout=0)
     try:
         lock.execute('BEGIN EXCLUSIVE')

@@ -622,7 +622,7 @@ def test_only_validation_images_that_are_graded_are_tokenized(trained, tmp_path,
         if name == 'val':
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, 'tokenize', note)
+    monkeypatch.setattr(tokens, 'tokenize', note)
     monkeypatch.setattr(data, 'shapes', lambda n, size, seed: (np.zeros((4 * n, 32, 32, 3), np.uint8),
                                                                np.arange(4 * n) % 10))
     assert command(train, *TINY, '--tokenizer-steps', 0, monkeypatch=monkeypatch, folder=tmp_path) == 130
@@ -983,7 +983,7 @@ def test_a_run_that_is_killed_before_stage_2_is_resumed_from_its_folder_alone(
         monkeypatch.setattr('support.checkpoints.fetch', lambda *args: 'start.pt')
     assert go(*words, '--out', 'whole') == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, 'tokenize', killed)
+        patch.setattr(train, 'tokenize_both', killed)
         assert go(*words, '--out', 'killed') == 130
     (tmp_path / 'start.pt').unlink()
     assert go('--resume', '--out', 'killed') == 0
@@ -1148,6 +1148,9 @@ def test_names_in_the_readme_exist():
             pattern = rf'\s*(class|def) {part}\b|{part}\b.* = '
             at = next((i for i in range(at, len(lines)) if re.match(pattern, lines[i])), None)
             assert at is not None, f'{name} is not in {file}'
+    for page in (HERE / 'README.md', HERE / 'experiments' / 'README.md'):
+        for picture in re.findall(r'[("]([\w./]+\.png)[)"]', page.read_text()):
+            assert (page.parent / picture).exists(), picture
 
 
 def test_python_of_the_readme_runs(trained, monkeypatch):

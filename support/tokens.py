@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from support.data import Request
+from support.data import Request, spread
 from support.images import batch_size, to_tensor
 from support.run import (UserError, rank_and_world, same_everywhere, tell, wait_for_all,
                          write_file)
@@ -113,3 +113,10 @@ def tokenize(vae, images, rows, config, name, views=1):
         tell(f'left out of {name}: {len(rows) - len(found)} of {len(rows)} images, which cannot be '
              'read')
     return tokens, images.labels[found]
+
+
+def tokenize_both(vae, train, val, config):
+    """The stored tokens of all training images and of a thousand validation images, as tokenize()
+    returns them."""
+    return (tokenize(vae, train, range(len(train)), config, 'train', config.views),
+            tokenize(vae, val, spread(len(val), 1000), config, 'val'))
