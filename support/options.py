@@ -186,7 +186,7 @@ class Config:
         'mirror: at random in stage 1; in stage 2 every second view, of at least two',
         bool, False, False, True, True)
     sampling: dict = unlisted(                                  # options of VAR.generate
-        dict(cfg=4., top_k=20, top_p=1.), dict(cfg=6., top_k=100, top_p=1.),
+        dict(cfg=4., top_k=20, top_p=1.), dict(cfg=6., top_k=400, top_p=1.),
         dict(cfg=8., top_k=10, top_p=1.), RELEASED_SAMPLING)
     micro_batch: int = option('images per forward pass of stage 2; without it as many as fit',
                               at_least_1, default=None)
