@@ -35,7 +35,7 @@ from support.losses import AdversarialLoss, PerceptualLoss
 from support.options import make_config
 from support.run import run
 from tokenizer import VQVAE, Quantizer
-from var import VAR, block_causal_mask, draw, filter_logits
+from var import VAR, block_causal_mask, filter_logits
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = sorted(HERE.glob('assets/golden_*.json'))

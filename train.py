@@ -248,7 +248,8 @@ def train_stage(stage, state):
         read_state(state, stage.learned(), optimizer, scaler)
         state['optimizer'] = None               # frees its memory
     weights = [p for group in optimizer.param_groups for p in group['params']]
-    evaluate_every, show_every = max(1, stage.steps // 5), max(1, min(50, stage.steps // 20))
+    evaluate_every = max(1, stage.steps // 5)
+    show_every = max(1, min(50, stage.steps // 20))
 
     def check(figures):
         """UserError if loss or gradient is not finite; in float16 only once the scale is down to 1,
@@ -272,7 +273,8 @@ def train_stage(stage, state):
         ended = time.monotonic()
         return ended + max(SAVE_EVERY, (ended - began) / SAVING)
 
-    start, began = state['step'], time.monotonic()
+    start = state['step']
+    began = time.monotonic()
     next_save = began + SAVE_EVERY
     batches = stage.train().batches(start)
     for step in range(start, stage.steps):

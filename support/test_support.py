@@ -66,8 +66,8 @@ pytestmark = [pytest.mark.filterwarnings(f'error::{kind}:{module}')
 
 
 def test_weights_as_any_program_saves_them(tmp_path):
-    for options in ({}, {'shared_aln': True}):
-        vae, var = models((1, 3, 4), 3, 7, **options)
+    for kind in ({}, {'shared_aln': True}):
+        vae, var = models((1, 3, 4), 3, 7, **kind)
         again = VAR.from_state_dict(var.state_dict())
         assert again.patch_nums == (1, 3, 4) and again.num_classes == 7
         for a, b in ((var, again), (vae, VQVAE.from_state_dict(vae.state_dict(), (1, 3, 4)))):
