@@ -228,6 +228,11 @@ class Quantizer(nn.Module):
         self.register_buffer('sizes', sizes, persistent=False)                          # (K,)
         self.register_buffer('starts', sizes.cumsum(0) - sizes, persistent=False)       # (K,)
         self.register_buffer('scale_of_token', scale_of_token(patch_nums), persistent=False)
+        # Enlarging is linear, and a product with a matrix: what F.interpolate makes of unit vectors.
+        # On a GPU, F.interpolate itself has but one thread per pixel for all images and channels.
+        matrices = [F.interpolate(torch.eye(p * p).unflatten(1, (1, p, p)), patch_nums[-1],
+                                  mode='bicubic').flatten(1) for p in patch_nums]
+        self.register_buffer('bicubic', torch.cat(matrices), persistent=False)  # (L, P * P)
 
     def phi(self, k):
         """phi_k: the Phi that serves scale k."""
@@ -237,6 +242,12 @@ class Quantizer(nn.Module):
         """interpolate(f, h_k, w_k) by area: f (B, z, P, P) -> (B, l, z)."""
         small = F.interpolate(f, self.patch_nums[k], mode='area')           # (B, z, p, p)
         return small.flatten(2).transpose(1, 2)                             # (B, l, z)
+
+    def enlarge(self, z_k, k):
+        """interpolate(z_k, H, W), bicubic: z_k (B, l, z) -> (B, z, P, P)."""
+        P = self.patch_nums[-1]
+        matrix = self.bicubic.split([p * p for p in self.patch_nums])[k]    # (l, P * P)
+        return (z_k.transpose(1, 2) @ matrix).unflatten(2, (P, P))
 
     def empty(self, B):
         """f_hat before the first scale: zeros (B, z, P, P)."""
@@ -249,12 +260,9 @@ class Quantizer(nn.Module):
         f_hat (B, z, P, P): the sum over the scales before k; r_k (B, l), the tokens of scale k.
         Returns f_hat including scale k, (B, z, P, P), float32.
         """
-        p, P = self.patch_nums[k], self.patch_nums[-1]
         z_k = self.embedding(r_k)                                           # (B, l, z)
         with torch.autocast(z_k.device.type, enabled=False):
-            wide_k = z_k.float().transpose(1, 2).unflatten(2, (p, p))       # (B, z, p, p)
-            if p != P:
-                wide_k = F.interpolate(wide_k, P, mode='bicubic')           # (B, z, P, P)
+            wide_k = self.enlarge(z_k.float(), k)                           # (B, z, P, P)
             return f_hat + self.phi(k)(wide_k)                              # (B, z, P, P)
 
     def nearest(self, x):
