@@ -260,7 +260,8 @@ def train_stage(stage, state):
                             'smaller --lr or --tokenizer-lr')
 
     def evaluate(step):
-        with precision(device, config.precision):
+        # Blocks that --compile made for training would be compiled anew for the shapes of sampling.
+        with precision(device, config.precision), torch.compiler.set_stance('force_eager'):
             graded = stage.eval().evaluate(step)
         stage.train()                                           # dropout is on again
         write_log(config.out / 'log.csv', stage.name, step, graded)
