@@ -17,7 +17,7 @@ Departures from the paper and the released recipe:
   d20), and does not depend on the batch, nor its peak on the depth (8e-5 from d24 up). AdamW's
   weight decay stays at 0.05 (0.08 at the end for d30 and d36). Batches and the number of steps are
   smaller, and at 32 and 64 px the learning rates are larger.
-- Small models are sampled with guidance 4 to 8 and top-k 10 to 100.
+- Small models are sampled with guidance 4 to 8 and top-k 10 to 400.
 What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
 killed and resumed therefore ends with the same bits as one that was not. Several processes train
 as one does, with three differences: each draws its own dropout, each computes lambda_G from its own
