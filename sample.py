@@ -10,7 +10,6 @@ Paper: equation (6) draws the tokens, Algorithm 2 makes images of them; Section 
 Table 3 (guidance, top-k). Editing, rejection sampling and evaluation are in experiments/. Letters:
 B images per batch, N in all, H x W pixels, K scales.
 """
-import math
 import time
 from functools import partial
 
@@ -18,8 +17,7 @@ import numpy as np
 import torch
 
 from support.checkpoints import load
-from support.images import (batch_size, image_file, image_format, make_grid, save_image,
-                            to_uint8)
+from support.images import batch_size, image_file, make_grid, save_image, to_uint8
 from support.options import (a_count, a_path, add_shared, at_least_1, labels_of, make_parser,
                              number)
 from support.run import (PRECISIONS, UserError, cast_linear_weights, gather, pick_device, precision,
@@ -121,14 +119,8 @@ def main():
     labels = labels_of(args, ckpt, var, range(min(10, var.num_classes)))    # (N,)
     columns = args.n if len(labels) > args.n else 8             # one class: rows of eight
     is_gif = args.scales and args.scales.suffix.lower() == '.gif'
-    # Sizes that a file cannot have fail now, not after drawing.
-    side = (vae.image_size + 2) * max(columns, math.ceil(len(labels) / columns))
     if args.npz:
         labels = shuffled(labels, args.seed)
-    else:
-        image_format(args.out, side)
-    if args.scales:
-        image_format(args.scales, side if is_gif else (vae.image_size + 2) * len(labels))
     generate = partial(var.generate, vae, **options)
     frames = draw_all(vae, generate, labels, args.seed, args.batch, args.precision,
                       bool(args.scales))

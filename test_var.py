@@ -244,7 +244,6 @@ def test_which_phi_serves_which_scale(K, count):
     for k in range(K):
         far = [abs(t - Fraction(k, max(K - 1, 1))) for t in ticks]
         assert far[chosen[k]] == min(far)
-    assert tokenizer.choose_phi(10, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]    # as the comment has it
 
 
 def test_the_example_of_the_quantizer():
@@ -267,9 +266,10 @@ def test_every_weight_learns_and_dead_codes_revive():
     for name, p in vae.named_parameters():      # branches that start at 0 would hide other weights
         if name.endswith(('conv2.weight', 'proj_out.weight')):
             torch.nn.init.normal_(p, std=0.1)
-    torch.nn.init.normal_(vae.quantize.embedding.weight)
+    codes = torch.nn.init.normal_(vae.quantize.embedding.weight).clone()
     rebuilt, loss = vae.eval()(images)
     (F.mse_loss(rebuilt, images) + loss).backward()
+    assert torch.equal(vae.quantize.embedding.weight, codes)    # they move in training alone
     still = [name for name, p in vae.named_parameters() if p.requires_grad and (
         p.grad is None or not p.grad.abs().sum() > 0)]
     # Three scales use three of the four phi. Biases before a normalisation can have no effect.
@@ -325,28 +325,6 @@ def test_dead_codes_come_from_each_scale_alike():
     assert q.embedding.weight[1:, 0].long().bincount().tolist() == [9, 10, 10]
 
 
-def test_training_pass_against_its_definition():
-    """The loss, the straight-through estimator, and that only training moves the codebook."""
-    vae, _ = models((1, 2, 4))
-    images = torch.rand(2, 3, 8, 8) * 2 - 1
-    q, f = vae.quantize, vae.to_latent(images)
-    sums = list(q.algorithm2(vae.encode(images)))
-    want = sum(1.25 * (s - f).square().mean() for s in sums) / 3
-    rebuilt, loss = vae(images)
-    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
-    torch.testing.assert_close(rebuilt.clamp(-1, 1), vae.decode(vae.encode(images)),
-                               atol=1e-4, rtol=1e-4)
-    weight = vae.encoder.conv_in.weight
-    (through,) = torch.autograd.grad(rebuilt.sum(), weight, retain_graph=True)
-    (direct,) = torch.autograd.grad(vae.to_image(f + (sums[-1] - f).detach()).sum(), weight)
-    torch.testing.assert_close(through, direct, atol=1e-3, rtol=1e-3)
-    before = q.embedding.weight.clone()
-    vae(images)
-    assert torch.equal(q.embedding.weight, before)
-    vae.train()(images)
-    assert not torch.equal(q.embedding.weight, before)
-
-
 @torch.no_grad()
 def test_tokens_are_those_of_float32_under_autocast():
     vae, _ = models()
@@ -387,14 +365,6 @@ def test_causality_of_the_transformer(grad):
             after = var(labels, vae.var_input(changed))[0]
             assert torch.equal(before[:, :ends[k]], after[:, :ends[k]])
             assert k == 3 or not torch.equal(before[:, ends[k]:], after[:, ends[k]:])
-
-
-def test_attention_written_out_is_the_fused_one():
-    _, var = models()
-    inputs = torch.tensor([0, 1]), torch.randn(2, 29, 8)
-    with torch.no_grad():
-        fused = var(*inputs)[0]
-    torch.testing.assert_close(var(*inputs)[0], fused)
 
 
 @torch.no_grad()

@@ -363,7 +363,7 @@ class VQVAE(nn.Module):
     defaults are the released network (109 M).
     Images are (B, 3, H, W) in [-1, 1] with H = W = image_size; maps are a list of K int64 tensors
     (B, l).
-    normalise=False leaves out group normalisation, as training does up to 64 px. The released
+    normalise=False leaves out group normalisation, as training does below 256 px. The released
     network has it.
     """
 

@@ -9,8 +9,8 @@
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
 Departures from the paper and the released recipe:
 - Stage 1 also has an L1 term. Its L_P and L_G are those of support/losses.py: L_G starts half-way
-  through stage 1. Up to 64 px there is no L_P, and for drawn shapes of 32 px no L_G. Below 256 px
-  the tokenizer is smaller, and has no normalisation.
+  through stage 1, and is left out for drawn shapes of 32 px. Below 256 px there is no L_P, and the
+  tokenizer is smaller and has no normalisation.
 - Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops. At 64 px and
   more, images are also mirrored.
 - The learning rate decays to 0.01 of its peak at every depth (in the release to 0.1 for d16 and
@@ -26,8 +26,7 @@ Writes into --out: ckpt.pt, to resume from, about every minute; model.pt, the we
 log.csv, all figures; reconstructions.png and samples.png; tokens, a folder of stored tokens.
 
 Options are in support/options.py, and what is read and stored in support/.
-Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales, V codes,
-z code dimension.
+Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales.
 """
 import math
 import time
@@ -46,8 +45,8 @@ from support.images import batch_size, make_grid, save_image, to_tensor, to_uint
 from support.losses import AdversarialLoss, perceptual_loss
 from support.options import make_config, parse
 from support.run import (UserError, add_up, alone_in, choose_precision, is_out_of_memory,
-                         move_aside, nfc, pick_device, precision, rank_and_world, run, say,
-                         seed_of, show, tell, try_compiler, write_file, write_log)
+                         move_aside, pick_device, precision, rank_and_world, run, seed_of, show,
+                         tell, try_compiler, write_file, write_log)
 from support.tokens import tokenize_both
 
 SAVE_EVERY = 60         # seconds from one checkpoint to the next, at least
@@ -229,7 +228,7 @@ def gradients(stage, step, batch, scaler):
                 raise
         loss = None                             # frees the pass that failed
         stage.micro_batch = math.ceil(stage.micro_batch / 2)
-        say(f'out of GPU memory: {stage.micro_batch} images per pass')
+        print(f'out of GPU memory: {stage.micro_batch} images per pass', flush=True)
 
 
 def train_stage(stage, state):
@@ -353,14 +352,15 @@ def prepare():
                             '--tokenizer')
     config = make_config(given, saved)
     data, out = Path(config.data).resolve(), config.out.resolve()
-    if data.is_dir() and data in (out, *out.parents) and not cifar10_path(data):
+    is_folder = config.data not in ('shapes', 'cifar10') and not cifar10_path(data)
+    if is_folder and data in (out, *out.parents):
         raise UserError(f'--out {config.out} lies in --data {config.data}: --resume would train on '
                         'the pictures that are written there')
     train, val, classes, words = read_data(config)
     if resumed:
-        before, now = [*map(nfc, resumed[2]['classes'])], [*map(nfc, classes)]
-        if before != now and (len(before) > 1 or len(now) > 1):     # one class needs no name
-            changed = sorted({*before} ^ {*now}) or ['their order']
+        before = resumed[2]['classes']
+        if before != classes and (len(before) > 1 or len(classes) > 1):     # one needs no name
+            changed = sorted({*before} ^ {*classes}) or ['their order']
             raise UserError(f'--data {config.data}: its classes have changed since this run began: '
                             f'{", ".join(changed[:5])}')
     vae, var = make_models(config, given, classes, resumed)
@@ -417,7 +417,7 @@ def main():
     config, *rest = prepare()
     with alone_in(config.out):
         if rank_and_world()[0] == 0 and not config.resume:
-            move_aside(config.out, ('ckpt.pt', 'model.pt', 'log.csv'))
+            move_aside(config.out, ('ckpt.pt', 'model.pt', 'log.csv', 'tokens'))
         train_both(config, *rest)
 
 

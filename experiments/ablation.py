@@ -171,7 +171,7 @@ def main():
     device = pick_device(args.device)
     # Every tokenizer has the plain losses, whatever the preset of the data has.
     base = dict(data=args.data, size=32, steps=args.steps, tokenizer_steps=args.tokenizer_steps,
-                perceptual=0., adversarial=0., device=device, run=0)
+                perceptual=0., adversarial=0., device=device)
     config = make_config(base)
     train, val, classes, _ = read_data(config)
     classifier, real = train_classifier(train, val, classes, args.judge_steps, device)

@@ -189,7 +189,7 @@ def main():
     if 'config' not in ckpt:
         raise UserError(f'{args.ckpt} was not made by train.py')
     vae = vae.to(device).requires_grad_(False)
-    base = dict(steps=args.steps, batch=args.batch, device=device, run=0)
+    base = dict(steps=args.steps, batch=args.batch, device=device)
     if args.data:
         base['data'] = args.data
     # Tokens go to the folder of the first depth, where no other machine writes.

@@ -10,8 +10,3 @@ grade        PSNR, SSIM and codebook usage; loss and token error per scale
 data         drawn shapes, CIFAR-10, sets of images, crops
 tokens       stored tokens, for stage 2
 """
-import sys
-
-if sys.version_info < (3, 10):
-    print('error: Python 3.10 or newer is needed', file=sys.stderr)
-    sys.exit(2)

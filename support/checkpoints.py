@@ -1,8 +1,6 @@
 """Files of weights: the released ones, those of the official trainer, and those of train.py."""
 import math
-import os
 import pickle
-import re
 import sys
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from support.options import RELEASED_SAMPLING, RELEASED_SCALES
-from support.run import (UserError, local_rank, nfc, reason, seed_of, tell, wait_for_all,
+from support.run import (UserError, local_rank, reason, seed_of, tell, wait_for_all,
                          write_file)
 from tokenizer import VQVAE
 from var import VAR
@@ -37,38 +35,23 @@ def fetch(address, sha256, folder=Path('data')):
     return path
 
 
-def unwrap(weights):
-    """A state dict without the prefixes that torch.compile and DistributedDataParallel add."""
-    return {re.sub(r'^((module|_orig_mod)\.)+', '', name): x for name, x in weights.items()}
-
-
 def read_checkpoint(path):
     """A dict from a file of torch.save; no code in it is run. Models are under 'vae' and 'var'.
 
     Reads ckpt.pt and model.pt of train.py, the released files, and checkpoints of the official
     trainer. Raises UserError for a file that is no dict of torch.save.
     """
-    path = os.fspath(path)
     try:
-        with open(path, 'rb') as f:
-            head = f.read(9)
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {reason(e)}') from e
-    if head[8:] == b'{':                        # safetensors: a length of 8 bytes, then JSON
-        raise UserError(f"{path} is a safetensors file: convert it by torch.save(safetensors.torch"
-                        f".load_file('{path}'), 'weights.pt'), from the safetensors package")
-    try:
-        ckpt = unwrap(dict(torch.load(path, map_location='cpu', weights_only=True)))
+        ckpt = dict(torch.load(path, map_location='cpu', weights_only=True))
         if 'lvl_1L' in ckpt:                                    # a released transformer
             return {'var': ckpt}
         if 'quantize.embedding.weight' in ckpt:                 # a released tokenizer
             return {'vae': ckpt}
         if 'trainer' in ckpt:                                   # both, from the official trainer
             ckpt = {'vae': ckpt['trainer']['vae_local'], 'var': ckpt['trainer']['var_wo_ddp']}
-        for name in ('vae', 'var'):
-            if name in ckpt:
-                ckpt[name] = unwrap(ckpt[name])
         return ckpt
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {reason(e)}') from e
     except pickle.UnpicklingError as e:
         raise UserError(f'cannot read {path}: it is damaged, or holds more than tensors, which is '
                         'not loaded because it could run code: save the state_dict alone') from e
@@ -178,8 +161,7 @@ def class_indices(classes, known, num_classes):
             tell('the weights do not name their classes: their class i is taken for the i-th of '
                  f'{", ".join(classes[:5])}{", ..." if len(classes) > 5 else ""}')
         return list(range(num_classes))
-    index = {nfc(name): i for i, name in enumerate(known)}
-    return [index.get(nfc(name)) for name in classes]
+    return [known.index(name) if name in known else None for name in classes]
 
 
 def rename_classes(var, known, classes):

@@ -16,7 +16,7 @@ from PIL import Image
 from support.checkpoints import fetch
 from support.folders import cifar10_path, class_words, read_folder
 from support.images import batch_size, crop, open_image
-from support.run import UserError, nfc, rank_and_world, reason, same_everywhere, say, tell
+from support.run import UserError, rank_and_world, reason, same_everywhere, tell
 
 # ---- Drawn shapes ----
 
@@ -181,7 +181,7 @@ class ImageSet(torch.utils.data.Dataset):
             for message in sorted({*errors} - self.reported):
                 self.reported.add(message)
                 if len(self.reported) <= 10:
-                    say(f'left out: {message}')
+                    print(f'left out: {message}', flush=True)
             yield torch.from_numpy(images), torch.tensor(indices, dtype=torch.int64)
 
     def centres(self, n, workers=0):
@@ -220,15 +220,14 @@ def read_data(config):
     else:
         train, val, classes, folder = read_folder(config.data)
     if config.classes or config.limit:
-        index_of = {nfc(name): i for i, name in enumerate(classes)}
         asked = config.classes or str(len(classes))
         names = classes[:int(asked)] if asked.isdecimal() else asked.split(',')
-        unknown = [name for name in names if nfc(name) not in index_of]
+        unknown = [name for name in names if name not in classes]
         if unknown or not names:
             raise UserError(f'--classes {",".join(unknown) or asked}: there is no such class')
-        chosen = [index_of[nfc(name)] for name in names]
+        chosen = [classes.index(name) for name in names]
         train, val = subset(train, chosen, config.limit), subset(val, chosen, config.limit)
-        classes = [classes[i] for i in chosen]
+        classes = names
         if not len(train[0]) or not len(val[0]):
             raise UserError('--classes: no images are left for training or validation')
     words = class_words(folder, classes) if folder else [''] * len(classes)

@@ -29,21 +29,16 @@ def cifar10_path(data):
 
 
 def subfolders(folder):
-    """Names of the subfolders, sorted, without hidden ones, those of systems, and links that lead
-    back up."""
+    """Names of the subfolders, sorted, without hidden ones and those of systems."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries
-                 if entry.name[0] != '.' and entry.name not in NO_CLASSES
-                 and (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())]
-    here = Path(os.path.realpath(folder))
-    above = [here, *here.parents]
-    return sorted(name for name in names if Path(os.path.realpath(folder / name)) not in above)
+        return sorted(entry.name for entry in entries if entry.is_dir()
+                      and entry.name[0] != '.' and entry.name not in NO_CLASSES)
 
 
 def is_image(name):
     """Whether a file's name is that of an image that Pillow reads, and not hidden."""
     ending = os.path.splitext(name)[1].lower()
-    return name[0] != '.' and ending in Image.registered_extensions()
+    return name[0] != '.' and Image.registered_extensions().get(ending) in Image.OPEN
 
 
 def images_in(root, folder, others):
@@ -244,10 +239,7 @@ def class_words(root, classes):
     for folder in (root.resolve(), *root.resolve().parents):
         for path in (folder / 'words.txt', folder / 'LOC_synset_mapping.txt'):
             if path.is_file():
-                content = path.read_bytes()
-                utf16 = content[:2] in (b'\xff\xfe', b'\xfe\xff')         # as Windows may save it
-                text = content.decode('utf-16' if utf16 else 'utf-8-sig', errors='replace')
-                for line in text.splitlines():
+                for line in path.read_text('utf-8-sig', errors='replace').splitlines():
                     name, _, word = line.strip().partition('\t' if '\t' in line else ' ')
                     words.setdefault(name, word)
     return [words.get(name, '') for name in classes]

@@ -24,10 +24,7 @@ def open_image(path, size, behind='white'):
             warnings.simplefilter('ignore')
             with Image.open(path) as image:
                 image.draft('RGB', (2 * size, 2 * size))    # lets the JPEG decoder skip detail
-                try:
-                    image = ImageOps.exif_transpose(image)  # cameras note which side is up
-                except Exception:                           # a damaged note: the pixels may be fine
-                    pass
+                image = ImageOps.exif_transpose(image)      # cameras note which side is up
                 if image.mode[0] in 'IF':                   # convert() would clip them at 255
                     raise ValueError('16-bit and float images have to be converted to 8 bits')
                 if image.has_transparency_data:
@@ -83,17 +80,11 @@ def make_grid(rows):
     return Image.fromarray(np.vstack([np.hstack(row) for row in padded])[:-2, :-2])
 
 
-LARGEST_SIDE = {'JPEG': 65500, 'GIF': 65535, 'WEBP': 16383}
-
-
-def image_format(path, side=0):
-    """The format that the name of an image file asks for. UserError if Pillow cannot write it, or
-    if it cannot hold an image with this longer side, in pixels."""
+def image_format(path):
+    """The format that the name of an image file asks for. UserError if Pillow cannot write it."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f'{path}: the name does not end like an image file; use .png')
-    if side > LARGEST_SIDE.get(kind, side):
-        raise UserError(f'{path}: {kind} cannot hold an image of {side} px; use .png')
     return kind
 
 

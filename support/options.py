@@ -3,14 +3,13 @@ size."""
 import argparse
 import math
 import os
-import secrets
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from support.folders import cifar10_path
-from support.run import PRECISIONS, UserError, nfc, rank_and_world
+from support.run import PRECISIONS, UserError, rank_and_world
 
 # ---- Types of options ----
 
@@ -84,15 +83,15 @@ def classes_of(asked, n, names, words):
     """
     meaning = {}
     for i, text in enumerate(words):
-        for word in filter(None, nfc(text).lower().split(',')):
+        for word in filter(None, text.lower().split(',')):
             meaning.setdefault(word.strip(), []).append(i)
     meaning.update({str(i): [i] for i in range(n)})
     for i, name in enumerate(names):
-        meaning[nfc(name)] = [i]                                # a folder may be called 7
+        meaning[name] = [i]                                     # a folder may be called 7
     meaning['all'] = range(n)
     found = []
     for word in asked:
-        indices = meaning.get(nfc(word), meaning.get(nfc(word).lower()))
+        indices = meaning.get(word, meaning.get(word.lower()))
         if indices is None:
             known = ', '.join([f'0 to {n - 1}', 'all', *names[:12]])
             raise UserError(f'--cls {word}: no such class; there are {known}')
@@ -190,8 +189,6 @@ class Config:
         dict(cfg=8., top_k=10, top_p=1.), RELEASED_SAMPLING)
     micro_batch: int = option('images per forward pass of stage 2; without it as many as fit',
                               at_least_1, default=None)
-    # A random number: tokens that another run stored in the same folder are not used.
-    run: int = field(default_factory=lambda: secrets.randbits(62))
 
     # What follows does not define the run.
     out: Path = option('folder of ckpt.pt, model.pt, log.csv, images and stored tokens', a_path,
@@ -254,9 +251,12 @@ def make_config(given, saved=None):
     if config.precision not in (None, *PRECISIONS):
         raise UserError(f'--precision {config.precision}: choose from {", ".join(PRECISIONS)}')
     _, world = rank_and_world()
-    if config.batch % world or config.tokenizer_batch % world:
-        raise UserError(f'--batch {config.batch} and --tokenizer-batch {config.tokenizer_batch} '
-                        f'must be multiples of the {world} processes')
+    batches = {'--batch': config.batch}
+    if config.tokenizer == 'train':
+        batches['--tokenizer-batch'] = config.tokenizer_batch
+    for name, batch in batches.items():
+        if batch % world:
+            raise UserError(f'{name} {batch} must be a multiple of the {world} processes')
     if config.flip:
         config.views = max(config.views, 2)     # the second view is the first that is mirrored
     return config

@@ -4,8 +4,7 @@ import os
 import sqlite3
 import sys
 import time
-import unicodedata
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,23 +56,16 @@ def run(main):
                        'ends: try a smaller --workers')
         else:
             raise
-    with suppress(OSError):                                     # where the terminal is closed
-        if message:
-            print(message, file=sys.stderr, flush=True)
+    if message:
+        print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         # While Python shuts down, a thread of gloo can abort the process: os._exit skips that.
         if status == 0:
             dist.destroy_process_group()
-        with suppress(OSError):
-            sys.stdout.flush()
+        sys.stdout.flush()
         os._exit(status)
     if status:
         sys.exit(status)
-
-
-def nfc(text):
-    """Text with composed letters: a Mac writes the é of a folder's name as two characters."""
-    return unicodedata.normalize('NFC', text)
 
 
 # ---- Devices and precision ----
@@ -216,18 +208,10 @@ def seed_of(*numbers):
 # ---- The log, files and folders ----
 
 
-def say(text, end='\n'):
-    """Prints a text. Where the terminal or the pipe is closed, the run goes on in silence."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, 'w')
-
-
 def tell(text, end='\n'):
     """Prints a text, in the first process alone."""
     if rank_and_world()[0] == 0:
-        say(text, end)
+        print(text, end=end, flush=True)
 
 
 SHOWN = ('loss', 'PSNR', 'codebook usage', 'error', 'images/s')     # log.csv has all figures
@@ -241,17 +225,13 @@ def show(title, figures, more=''):
 
 def write_log(path, stage, step, figures):
     """Appends to a csv file one row per figure: (stage, step, unix time, name, value). A resumed
-    run repeats the steps since the checkpoint, and their rows. Rows that the disk refuses, as
-    Windows does while a spreadsheet has the file open, are left out."""
-    try:
-        with open(path, 'a', newline='') as f:
-            rows, now = csv.writer(f), f'{time.time():.1f}'
-            if f.tell() == 0:                                   # a new file
-                rows.writerow(['stage', 'step', 'time', 'name', 'value'])
-            for name, value in figures.items():
-                rows.writerow([stage, step, now, name, value])
-    except OSError as e:
-        say(f'{path}: the rows of step {step} are left out: {reason(e)}')
+    run repeats the steps since the checkpoint, and their rows."""
+    with open(path, 'a', newline='') as f:
+        rows, now = csv.writer(f), f'{time.time():.1f}'
+        if f.tell() == 0:                                       # a new file
+            rows.writerow(['stage', 'step', 'time', 'name', 'value'])
+        for name, value in figures.items():
+            rows.writerow([stage, step, now, name, value])
 
 
 def read_log(path):
@@ -262,17 +242,6 @@ def read_log(path):
         for row in csv.DictReader(f):
             log.setdefault((row['stage'], row['name']), {})[int(row['step'])] = float(row['value'])
     return log
-
-
-def rename(part, path):
-    """os.replace, tried for five seconds: Windows refuses it while another program, as a virus
-    scanner, has the file open."""
-    for _ in range(10):
-        try:
-            return os.replace(part, path)
-        except PermissionError:
-            time.sleep(0.5)
-    os.replace(part, path)
 
 
 def write_file(path, write):
@@ -287,7 +256,7 @@ def write_file(path, write):
                 write(f)
                 f.flush()
                 os.fsync(f.fileno())                        # or a crash could leave an empty file
-            rename(part, path)
+            os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as e:
@@ -314,7 +283,7 @@ def alone_in(folder):
     except sqlite3.OperationalError as e:
         if 'locked' in str(e):
             raise UserError(f'--out {folder}: another run is at work there: choose another') from e
-        say(f'--out {folder}: no file can be locked there ({e}): start no second run in it')
+        print(f'--out {folder}: no file can be locked there ({e}): start no second run in it')
     with closing(lock):
         yield
 
@@ -328,5 +297,5 @@ def move_aside(folder, names):
     if names:
         (folder / f'previous-{number}').mkdir()
         for name in names:
-            rename(folder / name, folder / f'previous-{number}' / name)
-        say(f'moved {", ".join(names)} of an earlier run to {folder / f"previous-{number}"}')
+            os.replace(folder / name, folder / f'previous-{number}' / name)
+        print(f'moved {", ".join(names)} of an earlier run to {folder / f"previous-{number}"}')

@@ -19,15 +19,15 @@ PER_FILE = 2000         # images
 
 
 def key_of_tokens(vae, images, views, config):
-    """A number that depends on all that tokens are made of, but the pixels: the run, the tokenizer,
-    the names of the images, and how they are cropped."""
+    """A number that depends on all that tokens are made of, but the pixels: the tokenizer, the names
+    of the images, and how they are cropped."""
     crops = (views, config.flip, config.seed) if views > 1 else views
-    key = zlib.crc32(repr((config.run, vae.patch_nums, images.size, crops)).encode())
+    key = zlib.crc32(repr((vae.patch_nums, images.size, crops)).encode())
     key = zlib.crc32(np.ascontiguousarray(images.items), key)
     for weights in vae.state_dict().values():
         key = zlib.crc32(weights.cpu().numpy().tobytes(), key)
     key = torch.tensor([key], device=config.device)
-    if dist.is_initialized():       # config.run is random in each, and GPUs round differently
+    if dist.is_initialized():       # GPUs round differently
         dist.broadcast(key, 0)
     return int(key)
 
