@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from support.checkpoints import load, make_models, read_state, write_state
 from support.data import random_crops, read_data, step_rows
-from support.folders import cifar10_path
+from support.folders import is_folder_of_images
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import batch_size, make_grid, save_image, to_tensor, to_uint8
 from support.losses import AdversarialLoss, perceptual_loss
@@ -352,8 +352,7 @@ def prepare():
                             '--tokenizer')
     config = make_config(given, saved)
     data, out = Path(config.data).resolve(), config.out.resolve()
-    is_folder = config.data not in ('shapes', 'cifar10') and not cifar10_path(data)
-    if is_folder and data in (out, *out.parents):
+    if is_folder_of_images(config.data) and data in (out, *out.parents):
         raise UserError(f'--out {config.out} lies in --data {config.data}: --resume would train on '
                         'the pictures that are written there')
     train, val, classes, words = read_data(config)

@@ -8,8 +8,7 @@ import torch
 import torch.nn as nn
 
 from support.options import RELEASED_SAMPLING, RELEASED_SCALES
-from support.run import (UserError, local_rank, reason, seed_of, tell, wait_for_all,
-                         write_file)
+from support.run import UserError, local_rank, reason, seed_of, tell, wait_for_all, write_file
 from tokenizer import VQVAE
 from var import VAR
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from support.checkpoints import fetch
-from support.folders import cifar10_path, class_words, read_folder
+from support.folders import BUILT_IN, cifar10_path, class_words, read_folder
 from support.images import batch_size, crop, open_image
 from support.run import UserError, rank_and_world, reason, same_everywhere, tell
 
@@ -207,7 +207,7 @@ class ImageSet(torch.utils.data.Dataset):
 def read_data(config):
     """Two ImageSets, for training and validation, and the classes and words for them. UserError
     where the processes of a run find different ones."""
-    if config.data in ('shapes', 'cifar10') and Path(config.data).is_dir():
+    if config.data in BUILT_IN and Path(config.data).is_dir():
         tell(f'--data {config.data} does not mean the folder of that name here: for that one, '
              f'./{config.data}')
     path = fetch(*CIFAR10) if config.data == 'cifar10' else cifar10_path(config.data)

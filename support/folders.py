@@ -18,6 +18,9 @@ A_SINGLE_CLASS = 'images'       # a name that does not depend on where the folde
 NO_CLASSES = ('@eaDir', '__MACOSX', '#recycle', '$RECYCLE.BIN', 'lost+found')
 
 
+BUILT_IN = ('shapes', 'cifar10')                            # what --data means by a name alone
+
+
 def cifar10_path(data):
     """The archive or the folder of CIFAR-10 in binary form that a path means, or None."""
     for name in ('', 'cifar-10-batches-bin', 'cifar-10-binary.tar.gz'):
@@ -26,6 +29,11 @@ def cifar10_path(data):
         if is_archive or (path / 'test_batch.bin').is_file():
             return path
     return None
+
+
+def is_folder_of_images(data):
+    """Whether --data means a folder of images: not one of BUILT_IN, nor CIFAR-10 in binary form."""
+    return data not in BUILT_IN and cifar10_path(data) is None
 
 
 def subfolders(folder):

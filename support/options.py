@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from support.folders import cifar10_path
+from support.folders import is_folder_of_images
 from support.run import PRECISIONS, UserError, rank_and_world
 
 # ---- Types of options ----
@@ -239,8 +239,7 @@ def make_config(given, saved=None):
     known = {f.name for f in fields(Config)}            # an older run can have others
     chosen = {name: value for name, value in (saved or {}).items() if name in known} | given
     data = chosen.get('data', Config.data)
-    is_folder = data not in ('shapes', 'cifar10') and cifar10_path(data) is None
-    size = chosen['size'] = chosen.get('size') or (256 if is_folder else 32)
+    size = chosen['size'] = chosen.get('size') or (256 if is_folder_of_images(data) else 32)
     columns = [1] + [i for i, name in enumerate(SIZES[1:], start=1) if int(name) <= size]
     column = 0 if data == 'shapes' and size == 32 else columns[-1]
     if chosen.get('init'):

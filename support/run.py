@@ -289,7 +289,7 @@ def alone_in(folder):
 
 
 def move_aside(folder, names):
-    """Moves what is there of files in a folder to previous-1 in it, or the next free number."""
+    """Moves those names that a folder has to previous-1 in it, or the next free number."""
     names = [name for name in names if (folder / name).exists()]
     number = 1
     while (folder / f'previous-{number}').exists():
