@@ -351,8 +351,8 @@ class Quantizer(nn.Module):
         codes.copy_(torch.where(finite, new_codes, codes))
         hits.copy_(torch.where(finite, new_hits, hits))
         if dist.is_initialized():
-            # Restarted codes differ among the processes, and on a GPU so do the last bits of sums:
-            # those of the first process count.
+            # Restarted codes differ among the processes, and on a GPU also the last bits of sums.
+            # All take the codes of the first process.
             dist.broadcast(codes, 0)
 
 
@@ -447,8 +447,8 @@ class VQVAE(nn.Module):
         release's weight 0.25 for its second term: each phi has to bring f_hat close to f before
         finer scales come. After the last scale alone, a coarse phi could leave its errors to the
         finer scales. The first term trains phi alone (in the release the codebook, too, which here
-        is an EMA), and nothing else does: the straight-through estimator below hides f_hat from the
-        image losses. The second, the commitment loss, pulls f towards every partial sum.
+        is an EMA), and no other loss trains phi: the straight-through estimator below hides f_hat
+        from the image losses. The second, the commitment loss, pulls f towards every partial sum.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         loss, tokens, vectors = 0., [], []

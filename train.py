@@ -8,16 +8,18 @@
 
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
 Departures from the paper and the released recipe:
-- Stage 1 also has an L1 term. Its L_P and L_G are those of support/losses.py: L_G starts half-way
-  through stage 1, and is left out for drawn shapes of 32 px. Below 256 px there is no L_P, and the
-  tokenizer is smaller and has no normalisation.
+- Stage 1 trains on the images of stage 2 (in the paper on OpenImages), and also has an L1 term. Its
+  L_P and L_G are those of support/losses.py: L_G starts half-way through stage 1, and is left out
+  for drawn shapes of 32 px. Below 256 px there is no L_P, and the tokenizer is smaller and has no
+  normalisation.
 - Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops. At 64 px and
-  more, images are also mirrored.
-- The learning rate decays to 0.01 of its peak at every depth (in the release to 0.1 for d16 and
-  d20), and does not depend on the batch, nor its peak on the depth (8e-5 from d24 up). AdamW's
-  weight decay stays at 0.05 (0.08 at the end for d30 and d36). Batches and the number of steps are
-  smaller, and at 32 and 64 px the learning rates are larger.
-- Small models are sampled with guidance 4 to 8 and top-k 10 to 400.
+  more, images are also mirrored. Images that are too small are enlarged to the crop alone (in the
+  release to 1.125 times its side).
+- The peak learning rate depends neither on the batch nor on the depth (in the release it is 1e-4
+  per 256 images, and 8e-5 from d24 up), and decays to 0.01 of it at every depth (in the release to
+  0.1 for d16 and d20). AdamW's weight decay stays at 0.05 (0.08 at the end for d30 and d36).
+  Batches and the number of steps are smaller, and at 32 and 64 px the learning rates are larger.
+- Small models are sampled with guidance 4 to 8 and top-k 10 to 400, without top-p.
 What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
 killed and resumed therefore ends with the same bits as one that was not. Several processes train
 as one does, with three differences: each draws its own dropout, each computes lambda_G from its own
@@ -89,7 +91,7 @@ class TokenizerStage(nn.Module):
         """uint8 (B, H, W, 3) -> the loss (5), a scalar, and figures to show."""
         images = to_tensor(images)                                          # (B, 3, H, W)
         rebuilt, quantizer_loss = self.vae(images)
-        mse = F.mse_loss(rebuilt, images)       # || im - im_hat || as a mean square, like VQGAN's
+        mse = F.mse_loss(rebuilt, images)       # || im - im_hat ||, as a mean square
         # L1 is not in (5).
         loss = mse + 0.2 * F.l1_loss(rebuilt, images) + quantizer_loss      # + || f - f_hat ||
         figures = {'PSNR': -10 * torch.log10(mse.detach() / 4),             # peak to peak is 2
@@ -144,7 +146,8 @@ class TransformerStage(nn.Module):
         return {'var': self.var}
 
     def fetch_rows(self, stored_set, rows):
-        """Tokens (n, L) int64 and labels (n,) of rows of the flattened (N * views)."""
+        """Tokens (n, L) int64 and labels (n,) of these rows. Row i of a stored set is view i % views
+        of image i // views."""
         stored, labels = stored_set
         views = stored.shape[1]
         tokens = stored.reshape(-1, stored.shape[2])[rows].astype(np.int64)
@@ -179,8 +182,8 @@ class TransformerStage(nn.Module):
 
 
 def learning_rate(step, steps):
-    """As a share of the peak: warm-up over 1/50 of the run from 0.005, flat for the next 5 % of
-    what is left, then linear down to 0.01 at the last step. Source: the release."""
+    """As a share of the peak: it rises from 0.005 over the first 1/50 of the run, is 1 for 5 % of
+    the other steps, and then falls linearly to 0.01 at the last step. Source: the release."""
     warm_up = steps / 50
     if step < warm_up:
         return 0.005 + 0.995 * step / warm_up
@@ -256,7 +259,7 @@ def train_stage(stage, state):
         finite = math.isfinite(figures['loss'] + figures['gradient norm'])
         if not finite and scaler.get_scale() <= 1:
             raise UserError(f'the loss of the {stage.name} is no longer finite: --resume with a '
-                            'smaller --lr or --tokenizer-lr')
+                            'smaller --lr or --tokenizer-lr, or with --precision float32')
 
     def evaluate(step):
         # Blocks that --compile made for training would be compiled anew for the shapes of sampling.

@@ -26,11 +26,13 @@ Section 6 for editing. Where paper and release differ, this file follows the rel
 - Guidance is 2.0 in Table 3, which does not say in which convention, and 1.5 in the release; top-k
   is 600 and 900. The release writes (1 + t) c - t u, for logits c with the class and u without, and
   t grows linearly over the scales, from 0 to the option cfg: 0, 0.17, 0.33, ... 1.5 for ten scales.
-  The idea: coarse scales, which settle what the image is about, keep their variety. Elsewhere
-  guidance is often written u + s (c - u): there s is 1 + t, so that the release's 1.5 is s = 2.5.
+  A likely reason: coarse scales, which settle what the image is about, keep their variety.
+  Elsewhere guidance is often written u + s (c - u): there s is 1 + t, so that 1.5 is s = 2.5.
 - Queries and keys of "unit length" come with a learned scale per head.
 - The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
-The release's "more smooth" sampling, for pictures to look at, is left out.
+Two things differ from the release. Its "more smooth" sampling, for pictures to look at, is left
+out. And if several codes share the k-th largest logit, top-k here keeps k codes in all, and the
+release keeps each of them.
 
 Letters: B batch, K scales, p side of the token map of one scale, l = p * p its tokens, P side of
 the last map, L tokens of all scales, m tokens in the cache, w width, d depth, h heads, V codes,
@@ -112,9 +114,9 @@ class Attention(nn.Module):
     def forward(self, x, mask, cache=None):
         """x (B, l, w) -> (B, l, w). Training has a mask (l, l), and generation a cache instead.
 
-        cache: keys and values of the m tokens so far, (2, B, h, m, 64), of which x are the last l:
-        theirs are written to it here. Each may see all m, so that no mask is needed. It is a view
-        of what VAR.generate holds: what is written here is kept there.
+        cache: keys and values of the m tokens so far, (2, B, h, m, 64): a view of what VAR.generate
+        holds. x are the last l of these tokens, and their keys and values are written to it here.
+        Each token of x may see all m, so that no mask is needed.
         """
         B, l, w = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
@@ -133,7 +135,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Attention and FFN. The class scales and shifts the input of each, and gates its output: AdaLN
-    (Section 4)."""
+    (Section 4). All else is as in GPT-2: no rotary embedding, SwiGLU or RMSNorm."""
 
     def __init__(self, w, heads, drop_rate, shared_aln):
         super().__init__()
@@ -171,7 +173,7 @@ class VAR(nn.Module):
     (8), d (4 w^2 + 8 w^2 + 6 w^2) = 18 d w^2 = 73728 d^3 weights in attention, FFN and AdaLN: 15.9
     M for d = 6, and 302.0 M for d = 16. With embeddings, head and biases, which are not counted, it
     is 18.5 and 310.3 M. Class index num_classes stands for "no class". shared_aln: one AdaLN
-    projection for all blocks, as in the 512 px model.
+    projection for all blocks, as in the 512 px model; (8) is then 12 d w^2 + 6 w^2.
     """
     label_dropout = 0.1     # share of the training images that lose their label, for guidance
 
@@ -365,9 +367,8 @@ def filter_logits(logits, top_k=0, top_p=0.0):
     """Top-k, then nucleus (top-p) sampling: keeps the likeliest logits (..., V) and sets the others
     to -inf.
 
-    Of equal logits at the k-th place only so many are kept that there are k in all. The nucleus is
-    the smallest set of codes whose probability reaches top_p, and never empty. 0 switches either
-    off.
+    The nucleus is the smallest set of codes whose probability reaches top_p, and never empty. 0
+    switches either off.
     """
     if 0 < top_k < logits.shape[-1]:
         likeliest = logits.topk(top_k).indices                              # (..., k)
@@ -398,9 +399,9 @@ def draw(probabilities, generator):
 def kept_tokens(keep, p):
     """Which tokens of a p x p map the mask (P, P) keeps: bool (l,). Source: the release.
 
-    The mask is shrunk bilinearly and cut at one half: each cell takes the weighted mean of the four
-    mask values nearest its middle, however large it is, and a mean of just one half is not kept.
-    The 1x1 map is always kept: its token stands for the whole image.
+    The mask is shrunk bilinearly: of a cell, however large, only the four mask values nearest its
+    middle count, and the cell is kept if their weighted mean is above one half. The 1x1 map is
+    always kept: its token stands for the whole image.
     """
     if p == 1:
         return torch.ones(1, dtype=torch.bool, device=keep.device)

@@ -22,7 +22,8 @@ from support.data import read_data
 from support.grade import grade_tokenizer, grade_transformer
 from support.options import (a_count, a_path, add_shared, at_least_1, make_config,
                              make_parser)
-from support.run import UserError, pick_device, precision, rank_and_world, run
+from support.run import (UserError, cast_linear_weights, pick_device, precision, rank_and_world,
+                         run)
 
 
 def data_config(ckpt, size, data=None):
@@ -75,7 +76,8 @@ def main():
         show('tokenizer', figures)
         write_npz(args.out, rebuilt[:len(labels)], labels)
         if var is not None:
-            figures = grade_transformer(vae, var.to(device), tokens, indices[labels], device)
+            var = cast_linear_weights(var, device)
+            figures = grade_transformer(vae, var, tokens, indices[labels], device)
             show('transformer', figures)
 
 

@@ -29,7 +29,7 @@ from sample import draw_all, load_both
 from support.data import read_data
 from support.images import to_tensor
 from support.options import add_shared, at_least_1, make_parser
-from support.run import UserError, pick_device, rank_and_world, run
+from support.run import UserError, cast_linear_weights, pick_device, rank_and_world, run
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -121,7 +121,7 @@ def train_classifier(train, val, classes, steps, device, n=5000, mirror=False):
     UserError for images of another size than 32 or 64 px."""
     if train.size not in WIDTHS:
         raise UserError(f'the classifier takes images of 32 or 64 px, not of {train.size} px')
-    torch.manual_seed(0)                                # the same classifier in every run
+    torch.manual_seed(0)                                # on a CPU the same classifier in every run
     classifier = Judge(len(classes), train.size).to(device)
     images, labels = train.some(len(train))
     classifier.fit(images.to(device), labels.to(device), steps, mirror)
@@ -157,7 +157,8 @@ def main():
     indices = match_classes(classes, ckpt, var)
     classifier, real = train_classifier(train, val, classes, args.steps, device,
                                         mirror=config.flip)
-    samples = draw_classes(vae.to(device), var.to(device), args.n, indices, ckpt['sampling'])
+    var = cast_linear_weights(var, device)
+    samples = draw_classes(vae.to(device), var, args.n, indices, ckpt['sampling'])
     if rank_and_world()[0] > 0:
         return
     shares, distance = classifier.grade(samples, real)

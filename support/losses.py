@@ -1,8 +1,8 @@
 """The learned losses of equation (5): L_P, and L_G with its discriminator.
 
-Departures from the paper: L_P is LPIPS without its learned weights. L_G has a small patch
-discriminator in the manner of VQGAN's, not one like StyleGAN's, and VQGAN's weight lambda_G; the
-paper gives none.
+Departures from the paper: L_P is LPIPS without its learned weights, and the mean over five depths
+where LPIPS has the sum. L_G has a small patch discriminator in the manner of VQGAN's, not one like
+StyleGAN's, and VQGAN's weight lambda_G; the paper gives none.
 """
 import torch
 import torch.nn as nn

@@ -189,14 +189,13 @@ class Config:
         dict(cfg=8., top_k=10, top_p=1.), RELEASED_SAMPLING)
     micro_batch: int = option('images per forward pass of stage 2; without it as many as fit',
                               at_least_1, default=None)
+    precision: str = option(f'{", ".join(PRECISIONS)}; without it the best there is', default=None)
 
     # What follows does not define the run.
     out: Path = option('folder of ckpt.pt, model.pt, log.csv, images and stored tokens', a_path,
                        saved=False, default=Path('.'))
     resume: bool = option('continue from ckpt.pt in --out', bool, saved=False, default=False)
     device: str = option('cuda or cpu; without it the best there is', saved=False, default=None)
-    precision: str = option(f'{", ".join(PRECISIONS)}; without it the best there is', saved=False,
-                            default=None)
     workers: int = option('processes that read images', a_count, saved=False,
                           default=min(4, (os.cpu_count() or 1) - 1))
     compile: bool = option('torch.compile the blocks of the transformer', bool, saved=False,

@@ -49,8 +49,9 @@ def run(main):
     except (RuntimeError, MemoryError) as e:
         status = 2
         if is_out_of_memory(e):
-            message = ('error: out of memory: try a smaller --batch, in stage 1 a smaller '
-                       '--tokenizer-batch')
+            message = ('error: out of memory: try a smaller --tokenizer-batch in stage 1, a '
+                       'smaller --micro-batch or --depth in stage 2, a smaller --batch in sample.py'
+                       )
         elif 'exited unexpectedly' in str(e) or 'killed by signal' in str(e):
             message = ('error: a process that reads images was killed, as happens when memory '
                        'ends: try a smaller --workers')

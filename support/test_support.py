@@ -773,8 +773,10 @@ def test_the_plan_and_what_a_resumed_run_keeps(trained, tmp_path, monkeypatch, c
     assert config.flip and config.views == 2                    # no image is always the same crop
     make_cifar(tmp_path / 'binary')
     assert make_config({'data': str(tmp_path / 'binary')}).size == 32
-    resumed = make_config({'steps': 7}, {'data': 'x', 'size': 32, 'depth': 3, 'gone': 1})
+    saved = make_config({'data': 'x', 'size': 32, 'depth': 3, 'precision': 'float16'}).settings()
+    resumed = make_config({'steps': 7}, saved | {'gone': 1})
     assert (resumed.steps, resumed.depth, resumed.ch) == (7, 3, 32)
+    assert resumed.precision == 'float16'
     with monkeypatch.context() as patch:
         patch.setattr('support.options.rank_and_world', lambda: (0, 3))
         with pytest.raises(UserError, match='--batch 16 must be a multiple of the 3 processes'):
@@ -1050,7 +1052,7 @@ def test_out_of_memory_gets_a_hint_and_a_fault_keeps_its_traceback(capsys):
                   RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED')):
         with pytest.raises(SystemExit):
             run(partial(fail, error))
-        assert 'try a smaller --batch' in capsys.readouterr().err
+        assert 'a smaller --tokenizer-batch in stage 1' in capsys.readouterr().err
     with pytest.raises(RuntimeError, match='a fault'):
         run(partial(fail, RuntimeError('a fault')))
 
