@@ -802,7 +802,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def launch(folder, module, *words, torchrun=(), extra='', stderr=None):
+def launch(folder, module, *words, torchrun=(), extra=''):
     """Starts a command in a process of its own, in float32 on one thread, or by torchrun."""
     script = folder / f'{module}_{len(list(folder.iterdir()))}.py'
     script.write_text(f'import sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, sample, tokenizer, '
@@ -812,7 +812,7 @@ def launch(folder, module, *words, torchrun=(), extra='', stderr=None):
         torchrun = ['-m', 'torch.distributed.run', *torchrun, '--']
     return subprocess.Popen([sys.executable, *torchrun, script, *map(str, words), '--device', 'cpu',
                              '--precision', 'float32'], cwd=folder, stdout=subprocess.DEVNULL,
-                            stderr=open(stderr, 'w') if stderr else None, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 def same_weights(a, b):

@@ -41,11 +41,10 @@ import torch.nn.functional as F
 
 from support.checkpoints import load, make_models, read_state, write_state
 from support.data import random_crops, read_data, step_rows
-from support.folders import is_folder_of_images
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import batch_size, make_grid, save_image, to_tensor, to_uint8
 from support.losses import AdversarialLoss, perceptual_loss
-from support.options import make_config, parse
+from support.options import BUILT_IN, make_config, parse
 from support.run import (UserError, add_up, alone_in, choose_precision, is_out_of_memory,
                          move_aside, pick_device, precision, rank_and_world, run, seed_of, show,
                          tell, try_compiler, write_file, write_log)
@@ -146,8 +145,8 @@ class TransformerStage(nn.Module):
         return {'var': self.var}
 
     def fetch_rows(self, stored_set, rows):
-        """Tokens (n, L) int64 and labels (n,) of these rows. Row i of a stored set is view i % views
-        of image i // views."""
+        """Tokens (n, L) int64 and labels (n,) of these rows. Row i of a stored set is view
+        i % views of image i // views."""
         stored, labels = stored_set
         views = stored.shape[1]
         tokens = stored.reshape(-1, stored.shape[2])[rows].astype(np.int64)
@@ -355,7 +354,7 @@ def prepare():
                             '--tokenizer')
     config = make_config(given, saved)
     data, out = Path(config.data).resolve(), config.out.resolve()
-    if is_folder_of_images(config.data) and data in (out, *out.parents):
+    if config.data not in BUILT_IN and data in (out, *out.parents):
         raise UserError(f'--out {config.out} lies in --data {config.data}: --resume would train on '
                         'the pictures that are written there')
     train, val, classes, words = read_data(config)

@@ -144,7 +144,7 @@ def draw_laws(runs, path):
         axis.set_title(f'{law}\n{quality}', fontsize=9)
         axis.plot(x, (b * np.array(x)) ** a, '--', color='grey')
 
-    figure, axes = plt.subplots(2, 4, figsize=(18, 8), constrained_layout=True)
+    figure, axes = plt.subplots(2, 4, figsize=(14, 7), constrained_layout=True)
     for (above, below), (name, title) in zip(axes.T, FIGURES.items()):
         N = [one.N / 1e6 for one in runs]
         y = [one.course[max(one.course)][name] for one in runs]
@@ -164,7 +164,7 @@ def draw_laws(runs, path):
             axis.set(xlabel=x, xscale='log', yscale='log')
             axis.yaxis.set_major_formatter('{x:.4g}')           # 4.2 instead of 4.2 x 10^0
             axis.yaxis.set_minor_formatter('{x:.4g}')
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=90)
     return laws
 
 

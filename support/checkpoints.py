@@ -1,5 +1,6 @@
 """Files of weights: the released ones, those of the official trainer, and those of train.py."""
 import math
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from support.options import RELEASED_SAMPLING, RELEASED_SCALES
-from support.run import UserError, local_rank, reason, seed_of, tell, wait_for_all, write_file
+from support.run import UserError, reason, seed_of, tell, wait_for_all, write_file
 from tokenizer import VQVAE
 from var import VAR
 
@@ -24,7 +25,7 @@ def fetch(address, sha256, folder=Path('data')):
     Raises UserError without a network, or if the checksum is wrong: nothing is then left behind.
     """
     path = folder / address.split('/')[-1]
-    if not path.exists() and local_rank() == 0:                 # once per machine
+    if not path.exists() and os.environ.get('LOCAL_RANK', '0') == '0':      # once per machine
         folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(address, str(path), sha256, sys.stderr.isatty())

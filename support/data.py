@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from support.checkpoints import fetch
-from support.folders import BUILT_IN, cifar10_path, class_words, read_folder
+from support.folders import class_words, read_folder
 from support.images import batch_size, crop, open_image
-from support.run import UserError, rank_and_world, reason, same_everywhere, tell
+from support.options import BUILT_IN
+from support.run import UserError, rank_and_world, reason, tell
 
 # ---- Drawn shapes ----
 
@@ -73,12 +74,9 @@ def cifar10(path):
     """
     names = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin', 'batches.meta.txt']
     try:
-        if path.is_dir():
-            files = {name: (path / name).read_bytes() for name in names}
-        else:
-            with tarfile.open(path) as tar:
-                files = {Path(member.name).name: tar.extractfile(member).read() for member in tar
-                         if Path(member.name).name in names}
+        with tarfile.open(path) as tar:
+            files = {Path(member.name).name: tar.extractfile(member).read() for member in tar
+                     if Path(member.name).name in names}
         batches = b''.join(files[name] for name in names[:6])
         records = np.frombuffer(batches, np.uint8).reshape(-1, 3073)        # (60000, 3073)
         classes = files['batches.meta.txt'].decode().split()
@@ -205,20 +203,19 @@ class ImageSet(torch.utils.data.Dataset):
 
 
 def read_data(config):
-    """Two ImageSets, for training and validation, and the classes and words for them. UserError
-    where the processes of a run find different ones."""
+    """Two ImageSets, for training and validation, and the classes and words for them."""
     if config.data in BUILT_IN and Path(config.data).is_dir():
         tell(f'--data {config.data} does not mean the folder of that name here: for that one, '
              f'./{config.data}')
-    path = fetch(*CIFAR10) if config.data == 'cifar10' else cifar10_path(config.data)
     folder = ''
     if config.data == 'shapes':
         train, val = shapes(8000, config.size, seed=1), shapes(1000, config.size, seed=2)
         classes = list(SHAPES)
-    elif path:
-        train, val, classes = cifar10(path)
+    elif config.data == 'cifar10':
+        train, val, classes = cifar10(fetch(*CIFAR10))
     else:
-        train, val, classes, folder = read_folder(config.data)
+        folder = Path(config.data)
+        train, val, classes = read_folder(folder)
     if config.classes or config.limit:
         asked = config.classes or str(len(classes))
         names = classes[:int(asked)] if asked.isdecimal() else asked.split(',')
@@ -231,9 +228,6 @@ def read_data(config):
         if not len(train[0]) or not len(val[0]):
             raise UserError('--classes: no images are left for training or validation')
     words = class_words(folder, classes) if folder else [''] * len(classes)
-    if not same_everywhere([zlib.crc32(np.ascontiguousarray(x)) for x in (*train, *val)]):
-        raise UserError(f'--data {config.data}: not all processes find the same images there: make '
-                        'the copies on all machines the same')
     train = ImageSet(*train, config.size, folder)
     val = ImageSet(*val, config.size, folder)
     return train, val, classes, words

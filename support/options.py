@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from support.folders import is_folder_of_images
 from support.run import PRECISIONS, UserError, rank_and_world
 
 # ---- Types of options ----
@@ -110,6 +109,7 @@ def labels_of(args, ckpt, var, otherwise):
 
 # ---- The options of train.py ----
 
+BUILT_IN = ('shapes', 'cifar10')        # what --data means by a name; all else is a folder
 # The columns: drawn shapes of 32 px, and sizes of other images in pixels.
 SIZES = ('shapes', '32', '64', '256')
 RELEASED_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -238,7 +238,7 @@ def make_config(given, saved=None):
     known = {f.name for f in fields(Config)}            # an older run can have others
     chosen = {name: value for name, value in (saved or {}).items() if name in known} | given
     data = chosen.get('data', Config.data)
-    size = chosen['size'] = chosen.get('size') or (256 if is_folder_of_images(data) else 32)
+    size = chosen['size'] = chosen.get('size') or (32 if data in BUILT_IN else 256)
     columns = [1] + [i for i, name in enumerate(SIZES[1:], start=1) if int(name) <= size]
     column = 0 if data == 'shapes' and size == 32 else columns[-1]
     if chosen.get('init'):

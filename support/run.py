@@ -72,12 +72,6 @@ def run(main):
 # ---- Devices and precision ----
 
 
-def local_rank():
-    """The number of this process on its machine, from 0, as torchrun gives it."""
-    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
-    return int(os.environ.get('LOCAL_RANK', 0)) if several else 0
-
-
 def pick_device(name=None):
     """The named device, or cuda where there is one, else cpu. UserError if it cannot be used.
 
@@ -86,7 +80,9 @@ def pick_device(name=None):
     world = int(os.environ.get('WORLD_SIZE', 1))
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        device = torch.device(f'cuda:{local_rank()}' if name == 'cuda' else name)
+        if name == 'cuda':
+            name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        device = torch.device(name)
         torch.zeros(1, device=device)                           # only use shows whether it is there
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UserError(f'--device {name}: {reason(e)}') from e
@@ -165,16 +161,6 @@ def wait_for_all():
     """Returns when all processes have come here."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def same_everywhere(x):
-    """Whether x, a picklable object, is the same in all processes."""
-    _, world = rank_and_world()
-    if world == 1:
-        return True
-    others = [None] * world
-    dist.all_gather_object(others, x)
-    return all(other == x for other in others)
 
 
 def add_up(tensors):

@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from support.data import Request, spread
 from support.images import batch_size, to_tensor
-from support.run import (UserError, rank_and_world, same_everywhere, tell, wait_for_all,
-                         write_file)
+from support.run import UserError, rank_and_world, tell, wait_for_all, write_file
 
 PER_FILE = 2000         # images
 
@@ -77,9 +76,8 @@ def tokenize(vae, images, rows, config, name, views=1):
     """Tokens and labels of those rows (indices, rising) of an ImageSet that can be read: uint16
     (N, views, L), and int64 (N,). UserError if no image can be read.
 
-    They are stored in --out/tokens, PER_FILE images in a file. The processes, of one machine or of
-    several that share --out, make a part of the files each. Images that a file lacks, because a run
-    was killed or a disk was away, are read again.
+    They are stored in --out/tokens, PER_FILE images in a file; each process makes a part of the
+    files. Images that a file lacks, because a disk was away, are read again.
     """
     rank, world = rank_and_world()
     folder, key = config.out / 'tokens', key_of_tokens(vae, images, views, config)
@@ -107,8 +105,6 @@ def tokenize(vae, images, rows, config, name, views=1):
         raise UserError(f'none of the images for {name} can be read')
     tokens = np.concatenate([tokens for tokens, _ in stored])
     found = np.concatenate([found for _, found in stored])
-    if not same_everywhere(zlib.crc32(found)):
-        raise UserError(f'{folder}: not all processes read the same files there: --resume goes on')
     if len(found) < len(rows):
         tell(f'left out of {name}: {len(rows) - len(found)} of {len(rows)} images, which cannot be '
              'read')
