@@ -334,7 +334,7 @@ class Quantizer(nn.Module):
 
         # 4. Restart: a dead code becomes a random vector of the batch. Code v takes it from scale
         #    v mod K, so that all scales provide equally many. With the scales 1, 2, 4, whose tokens
-        #    begin at 0, 1 and 5, code 5 takes the third: one of the tokens 5 to 20 of an image.
+        #    begin at 0, 1 and 5, code 8 takes the third: one of the tokens 5 to 20 of an image.
         #    Drawn from all 21 alike, 1 in 21 would come from the first scale, and the coarse scales
         #    would collapse onto a few codes.
         scale = torch.arange(V, device=codes.device) % K                    # (V,)
@@ -433,20 +433,19 @@ class VQVAE(nn.Module):
         of scale k. It is not the embeddings of r_{k-1}, as Fig. 4 may suggest. Returns
         (B, L - l, z), where l are the tokens of the first scale.
         """
-        parts = [self.quantize.embedding(maps[0][:, :0])]       # (B, 0, z), for a single scale
-        # The range comes first in zip, so that the last map is not added.
-        for k, f_hat in zip(range(1, len(maps)), self.quantize.algorithm2(maps)):
-            parts.append(self.quantize.shrink(f_hat, k))                    # (B, l, z)
+        parts = [self.quantize.shrink(f_hat, k)                             # (B, l, z) each
+                 for k, f_hat in enumerate(self.quantize.algorithm2(maps[:-1]), start=1)]
         return torch.cat(parts, dim=1)
 
     def forward(self, images):
         """One training pass: images (B, 3, H, W) -> rebuilt (B, 3, H, W) and the quantizer loss, a
         scalar. In training it also moves the codebook.
 
-        The loss is || f - f_hat || of (5), averaged over f_hat after each of the scales, with the
-        release's weight 0.25 for its second term: each phi has to bring f_hat close to f before
-        finer scales come. After the last scale alone, a coarse phi could leave its errors to the
-        finer scales. The first term trains phi alone (in the release the codebook, too, which here
+        The loss is || f - f_hat || of (5) as two mean squares: the first holds f constant, and the
+        second, with the release's weight 0.25, holds f_hat constant. Both are averaged over f_hat
+        after each of the scales: each phi has to bring f_hat close to f before finer scales come.
+        After the last scale alone, a coarse phi could leave its errors to the finer scales. The
+        first term trains phi alone (in the release the codebook, too, which here
         is an EMA), and no other loss trains phi: the straight-through estimator below hides f_hat
         from the image losses. The second, the commitment loss, pulls f towards every partial sum.
         """
@@ -479,10 +478,11 @@ class VQVAE(nn.Module):
         vae = cls(patch_nums, V, z, ch, tuple(ch_mult.values()), phi_count,
                   res_blocks=len(convs) // len(ch_mult),
                   normalise='encoder.norm_out.weight' in weights)
-        # Codes that were never counted, or for another number of scales, all count alike.
+        # Usage that was never counted, or for another number of scales, becomes the same for all
+        # codes. A codebook that is all zeros has not been used yet.
         hits = weights['quantize.ema_vocab_hit_SV']
-        is_new = not weights['quantize.embedding.weight'].any()
-        if len(hits) != len(patch_nums) or not (hits.any() or is_new):
+        is_used = weights['quantize.embedding.weight'].any()
+        if len(hits) != len(patch_nums) or (is_used and not hits.any()):
             hits = torch.ones(len(patch_nums), V)
         if hits.sum() > 2:                      # the release counts hits, not shares
             hits = hits / hits.sum()

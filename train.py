@@ -13,8 +13,8 @@ Departures from the paper and the released recipe:
   for drawn shapes of 32 px. Below 256 px there is no L_P, and the tokenizer is smaller and has no
   normalisation.
 - Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops. At 64 px and
-  more, images are also mirrored. Images that are too small are enlarged to the crop alone (in the
-  release to 1.125 times its side).
+  more, images are also mirrored. An image that is smaller than --size is enlarged to --size (in the
+  release to 1.125 times --size).
 - The peak learning rate depends neither on the batch nor on the depth (in the release it is 1e-4
   per 256 images, and 8e-5 from d24 up), and decays to 0.01 of it at every depth (in the release to
   0.1 for d16 and d20). AdamW's weight decay stays at 0.05 (0.08 at the end for d30 and d36).
@@ -182,7 +182,8 @@ class TransformerStage(nn.Module):
 
 def learning_rate(step, steps):
     """As a share of the peak: it rises from 0.005 over the first 1/50 of the run, is 1 for 5 % of
-    the other steps, and then falls linearly to 0.01 at the last step. Source: the release."""
+    the other steps, and then falls linearly to 0.01 at the last step. Source: the release,
+    which ends at 0.1 for d16 and d20."""
     warm_up = steps / 50
     if step < warm_up:
         return 0.005 + 0.995 * step / warm_up
@@ -335,24 +336,28 @@ def describe(stage, model):
          f'{stage.images} images {times:.3g} times, learning rate {stage.lr:g}')
 
 
+def read_resumed(given):
+    """What load() returns for the ckpt.pt that --resume continues. UserError if it is not that of a
+    run, or if options ask for other models."""
+    path = given.get('out', Path()) / 'ckpt.pt'
+    resumed = load(path)
+    if not {'config', 'classes', 'optimizer'} <= {*resumed[2]}:
+        raise UserError(f'{path} is no ckpt.pt of a training run: nothing to resume')
+    if {'init', 'tokenizer'} & {*given}:
+        raise UserError(f'--resume goes on with the models of {path}: leave out --init and '
+                        '--tokenizer')
+    return resumed
+
+
 def prepare():
     """The command line, the data and the models of a run: config; training and validation set; both
     models, on the device; and the state that ckpt.pt holds."""
     given = parse(__doc__)
-    resumed = saved = None
     given['device'] = pick_device(given.get('device'))          # joins the other processes as well
     if given.get('compile'):
         try_compiler(given['device'])
-    if given.get('resume'):
-        path = given.get('out', Path()) / 'ckpt.pt'
-        resumed = load(path)
-        saved = resumed[2].get('config')
-        if not {'config', 'classes', 'optimizer'} <= {*resumed[2]}:
-            raise UserError(f'{path} is no ckpt.pt of a training run: nothing to resume')
-        if {'init', 'tokenizer'} & {*given}:
-            raise UserError(f'--resume goes on with the models of {path}: leave out --init and '
-                            '--tokenizer')
-    config = make_config(given, saved)
+    resumed = read_resumed(given) if given.get('resume') else None
+    config = make_config(given, resumed and resumed[2]['config'])
     data, out = Path(config.data).resolve(), config.out.resolve()
     if config.data not in BUILT_IN and data in (out, *out.parents):
         raise UserError(f'--out {config.out} lies in --data {config.data}: --resume would train on '
@@ -360,7 +365,7 @@ def prepare():
     train, val, classes, words = read_data(config)
     if resumed:
         before = resumed[2]['classes']
-        if before != classes and (len(before) > 1 or len(classes) > 1):     # one needs no name
+        if before != classes:
             changed = sorted({*before} ^ {*classes}) or ['their order']
             raise UserError(f'--data {config.data}: its classes have changed since this run began: '
                             f'{", ".join(changed[:5])}')

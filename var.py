@@ -267,8 +267,8 @@ class VAR(nn.Module):
         Returns logits (B, L, V) and the loss in nats per token, a scalar, or None without targets.
         The output at the positions of scale k predicts r_k at the same positions: unlike in
         next-token prediction, nothing is shifted by one, because their input is made of r_<k alone.
-        The loss weighs all tokens alike, so that with 1, 2, 4, 8 the last scale is 64 of 85: it is
-        -log of the product (6), in which each token stands once. Teacher forcing shows true coarse
+        The loss is -log of the product (6), divided by L: every token counts alike, so that with
+        1, 2, 4, 8 the last scale has a weight of 64 of 85. Teacher forcing shows true coarse
         maps, and sampling the model's own, as in any autoregressive model; but there are only K
         steps in which an error can grow.
         """

@@ -140,8 +140,6 @@ class ImageSet(torch.utils.data.Dataset):
             image = Image.fromarray(self.items[request.index])
         else:
             image = open_image(self.path(request.index), self.size)
-        # The release makes the shorter side 1.125 x size, enlarging it if need be. Here an image is
-        # enlarged only as far as `size`.
         rng = None if request.draw is None else np.random.default_rng(request.draw)
         pixels = crop(image, self.size, 1.125, rng)
         return pixels[:, ::-1] if request.mirror else pixels

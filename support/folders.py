@@ -67,11 +67,15 @@ def by_class(root, folder, others):
                         'are the pictures? Give a folder that holds them alone')
     if found and len(loose) > 0:
         others['images beside the class folders'] += len(loose)
+    if not found and len(loose) > 0:
+        found = {'': loose}
     empty = [name for name in every if name not in found]
     if found and empty:
         tell(f'no images directly in {", ".join(empty)}: left out')
-    if not found and len(loose) > 0:
-        found = {'': loose}
+    deeper = [place for name in every for place in subfolders(root / folder / name)
+              if place != 'images']
+    if deeper:
+        others['folders in class folders'] += len(deeper)
     if found and others:
         tell(f'left out of {root / folder}: {listed(others)}')
     return found

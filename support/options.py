@@ -44,10 +44,10 @@ a_guidance = number(float, 0, 100)
 
 
 def sides(text):
-    """An argparse type: '1,2,4' -> (1, 2, 4), the sides of the token maps, which have to rise."""
+    """An argparse type: '1,2,4' -> (1, 2, 4), the sides of the token maps."""
     values = tuple(int(part) for part in text.split(','))
-    if values[0] < 1 or any(a >= b for a, b in zip(values, values[1:])):
-        raise argparse.ArgumentTypeError(f'{text}: the sides of the token maps have to rise')
+    if len(values) < 2 or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:])):
+        raise argparse.ArgumentTypeError(f'{text}: at least two sides of token maps, which rise')
     return values
 
 
@@ -57,7 +57,7 @@ SHARED = {
     '--tokenizer': dict(type=a_path, help='a released tokenizer, for a released transformer'),
     '--data': dict(help='as for train.py [what the checkpoint was trained on]'),
     '--cls': dict(nargs='+', action='extend',
-                  help='class indices, names, or all [the first ten; in edit.py no class]'),
+                  help='class indices, names, or all [the first ten]'),
     '--n': dict(type=at_least_1, default=8, help='images per class [8]'),
     '--cfg': dict(type=a_guidance, help='guidance of the last scale [of the checkpoint]'),
     '--seed': dict(type=a_seed, default=0, help='the same images for the same seed and options'),
@@ -135,8 +135,9 @@ class Config:
     """Everything that defines a run, saved with its weights, and how it is run."""
     data: str = option('shapes, cifar10, or a folder of images', os.path.expanduser,
                        default='shapes')
-    size: int = option('side of the images; without it 32 for shapes and CIFAR-10, and 256 for a '
-                       'folder', at_least_1, default=None)
+    size: int = option('side of the images: 32, 64, 256, or another one with --patch-nums; without '
+                       'it 32 for shapes and CIFAR-10, and 256 for a folder', at_least_1,
+                       default=None)
     classes: str = option('use the first N classes, or the classes a,b,c', default='')
     limit: int = option('use at most so many images per class; 0: all', a_count, default=0)
     seed: int = option('seed of everything random', a_seed, default=0)
@@ -182,7 +183,7 @@ class Config:
     views: int = option(
         'stored crops per image: the centre, then random ones', at_least_1, 1, 1, 4, 2)
     flip: bool = option(
-        'mirror: at random in stage 1; in stage 2 every second view, of at least two',
+        'mirror: at random in stage 1; in stage 2 every second view, so that --views is at least 2',
         bool, False, False, True, True)
     sampling: dict = unlisted(                                  # options of VAR.generate
         dict(cfg=4., top_k=20, top_p=1.), dict(cfg=6., top_k=400, top_p=1.),

@@ -211,6 +211,7 @@ def test_layouts_of_folders(tmp_path, capsys):
         'flat': ([f'{i}.jpg' for i in numbers], 'images', 18, 2),
         'empty val': (['train/1.jpg', 'train/2.jpg', 'val/notes.txt'], 'images', 1, 1),
         'images': (['a/images/1.jpg', 'a/images/2.jpg', 'b/images/1.jpg', 'b/x/2.jpg'], 'a b', 2, 1),
+        'years': (['cat/1.jpg', 'cat/2.jpg', 'cat/2021/3.jpg', 'cat/2022/4.jpg'], 'cat', 1, 1),
         'beside': (['train/a/1.jpg', 'val/a/2.jpg', 'notes/1.jpg'], 'a', 1, 1),
         'labels': (['train/1.jpg', 'val/2.jpg', 'annotations/1.xml'], 'images', 1, 1),
         'kaggle': ([f'train/n1/{i}.JPEG' for i in numbers] + ['val/x.JPEG', 'test/x.JPEG'],
@@ -233,7 +234,8 @@ def test_layouts_of_folders(tmp_path, capsys):
         said = capsys.readouterr().out
         assert ('no labelled images' in said) == (name in ('imagenet', 'empty val', 'kaggle')), said
         assert ('held out' in said) == (
-            name in ('classes', 'few', 'imagenet', 'flat', 'empty val', 'images', 'kaggle'))
+            name in ('classes', 'few', 'imagenet', 'flat', 'empty val', 'images', 'kaggle', 'years'))
+        assert ('2 folders in class folders' in said) == (name == 'years')
         if name == 'tiny':
             assert val_labels == [0, 1] and b == ['val/images/val_1.JPEG', 'val/images/val_0.JPEG']
             assert words == ['goldfish, Carassius auratus', '']
@@ -952,7 +954,8 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
          'of class dog can'), (train, ['--size', 48], 'images of 32 px'),
         (train, ['--data', 'half', '--size', 128], 'images of 64 px'),
         (train, ['--patch-nums', '1,2,5'], 'images of 20 px'),
-        (train, ['--patch-nums', '2,1'], 'have to rise'), (train, ['--patch-nums', 'x'], 'invalid'),
+        (train, ['--patch-nums', '2,1'], 'which rise'), (train, ['--patch-nums', '8'], 'at least two'),
+        (train, ['--patch-nums', 'x'], 'invalid'),
         (train, ['--depth', 0], 'at least 1'), (train, ['--lr', -1], 'out of range'),
         (train, ['--lr', 'x'], "invalid float value: 'x'"), (train, ['--seed', -1], 'out of range'),
         (train, ['--precision', 'int8'], 'choose from'), (train, ['--nothing', 1], 'unrecognized'),

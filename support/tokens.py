@@ -18,8 +18,8 @@ PER_FILE = 2000         # images
 
 
 def key_of_tokens(vae, images, views, config):
-    """A number that depends on all that tokens are made of, but the pixels: the tokenizer, the
-    names of the images, and how they are cropped."""
+    """A number that depends on the tokenizer, on the images (of a folder on their names alone), and
+    on how they are cropped."""
     crops = (views, config.flip, config.seed) if views > 1 else views
     key = zlib.crc32(repr((vae.patch_nums, images.size, crops)).encode())
     key = zlib.crc32(np.ascontiguousarray(images.items), key)
