@@ -445,9 +445,9 @@ class VQVAE(nn.Module):
         second, with the release's weight 0.25, holds f_hat constant. Both are averaged over f_hat
         after each of the scales: each phi has to bring f_hat close to f before finer scales come.
         After the last scale alone, a coarse phi could leave its errors to the finer scales. The
-        first term trains phi alone (in the release the codebook, too, which here
-        is an EMA), and no other loss trains phi: the straight-through estimator below hides f_hat
-        from the image losses. The second, the commitment loss, pulls f towards every partial sum.
+        first term trains phi alone (in the release the codebook, too, which here is an EMA), and no
+        other loss trains phi: the straight-through estimator below hides f_hat from the image
+        losses. The second, the commitment loss, pulls f towards every partial sum.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         loss, tokens, vectors = 0., [], []

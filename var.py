@@ -268,9 +268,9 @@ class VAR(nn.Module):
         The output at the positions of scale k predicts r_k at the same positions: unlike in
         next-token prediction, nothing is shifted by one, because their input is made of r_<k alone.
         The loss is -log of the product (6), divided by L: every token counts alike, so that with
-        1, 2, 4, 8 the last scale has a weight of 64 of 85. Teacher forcing shows true coarse
-        maps, and sampling the model's own, as in any autoregressive model; but there are only K
-        steps in which an error can grow.
+        1, 2, 4, 8 the last scale has a weight of 64 of 85. Teacher forcing shows true coarse maps,
+        and sampling the model's own, as in any autoregressive model; but there are only K steps in
+        which an error can grow.
         """
         if self.training:                                       # for classifier-free guidance
             dropped = torch.rand(len(labels), device=labels.device) < self.label_dropout
