@@ -40,13 +40,14 @@ def parse():
     return parser.parse_args()
 
 
-def load_both(path, tokenizer=None):
-    """load(), and UserError if the checkpoint has no transformer yet."""
+def load_both(device, path, tokenizer=None, precision_name=None):
+    """load(), for sampling on a device under precision() of that name. UserError if the checkpoint
+    has no transformer yet."""
     vae, var, ckpt = load(path, tokenizer)
     if var is None:
         raise UserError(f'{path} has a tokenizer only: give --ckpt a transformer, or finish the '
                         'training by train.py --resume')
-    return vae, var, ckpt
+    return vae.to(device), cast_linear_weights(var, device, precision_name), ckpt
 
 
 @torch.no_grad()
@@ -110,8 +111,7 @@ def sheet(images, columns):
 def main():
     args = parse()
     device = pick_device(args.device)
-    vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
-    vae, var = vae.to(device), cast_linear_weights(var, device, args.precision)
+    vae, var, ckpt = load_both(device, args.ckpt, args.tokenizer, args.precision)
     options = dict(ckpt['sampling'])
     for name in ('cfg', 'top_k', 'top_p'):
         if getattr(args, name) is not None:

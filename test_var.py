@@ -142,8 +142,9 @@ def test_how_the_released_tokenizer_learns():
     rebuilt, loss = vae(images)
     (F.mse_loss(rebuilt, images) + loss).backward()
     assert loss.item() == pytest.approx(case['quantizer_loss'], rel=1e-5)
-    assert rebuilt.mean().item() == pytest.approx(case['reconstruction_mean'], abs=1e-5)
-    assert rebuilt.square().mean().item() == pytest.approx(case['reconstruction_mean_square'], rel=1e-4)
+    mean, mean_square = case['reconstruction_mean'], case['reconstruction_mean_square']
+    assert rebuilt.mean().item() == pytest.approx(mean, abs=1e-5)
+    assert rebuilt.square().mean().item() == pytest.approx(mean_square, rel=1e-4)
     weights = dict(vae.named_parameters())
     for name, norm in case['gradient_norms'].items():
         assert weights[name].grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
@@ -308,7 +309,8 @@ def test_usage_does_not_depend_on_the_batch_or_its_unit():
     vae = VQVAE((1, 2, 4), 32, 8, 32, (1, 2)).train()
     for _ in range(60):
         vae(torch.rand(4, 3, 8, 8) * 2 - 1)
-    weights, images, hits = vae.state_dict(), torch.rand(256, 3, 8, 8) * 2 - 1, 'quantize.ema_vocab_hit_SV'
+    weights, images = vae.state_dict(), torch.rand(256, 3, 8, 8) * 2 - 1
+    hits = 'quantize.ema_vocab_hit_SV'
     for n in (weights[hits], weights[hits] * 1e5, weights[hits] * 0, weights[hits][:2]):
         again = VQVAE.from_state_dict({**weights, hits: n}, (1, 2, 4)).train()
         before = again.quantize.embedding.weight.clone()
@@ -423,7 +425,8 @@ def test_initial_weights():
     weights = dict(var.named_parameters())
     std = math.sqrt(1 / (3 * w))
     for name, factor in (('word_embed.weight', 1), ('blocks.0.attn.proj.weight', 8 ** -0.5),
-                         ('blocks.3.ffn.fc2.weight', 8 ** -0.5), ('head.weight', 0.02), ('pos_1LC', 1)):
+                         ('blocks.3.ffn.fc2.weight', 8 ** -0.5), ('head.weight', 0.02),
+                         ('pos_1LC', 1)):
         assert weights[name].std().item() == pytest.approx(std * factor, rel=0.1), name
     ada = weights['blocks.2.ada_lin.1.weight']
     assert ada[:2 * w].std().item() == pytest.approx(std * 1e-5, rel=0.1)
@@ -527,13 +530,13 @@ def test_vgg16_is_a_distance():
     vgg = PerceptualLoss({**weights, 'classifier.0.bias': torch.zeros(3)})
     a, b = torch.rand(2, 1, 3, 32, 32) * 2 - 1
 
-    def features(x):                                            # before each pooling, on ImageNet's scale
+    def features(x):                            # before each pooling, on ImageNet's scale
         mean, std = torch.tensor([[.485, .456, .406], [.229, .224, .225]])[:, :, None, None]
         x, at = ((x + 1) / 2 - mean) / std, 0
         for convs in (2, 2, 3, 3, 3):
             for _ in range(convs):
-                x = F.conv2d(x, weights[f'features.{at}.weight'], weights[f'features.{at}.bias'], padding=1)
-                x, at = x.relu(), at + 2
+                weight, bias = weights[f'features.{at}.weight'], weights[f'features.{at}.bias']
+                x, at = F.conv2d(x, weight, bias, padding=1).relu(), at + 2
             yield x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
             x, at = F.max_pool2d(x, 2), at + 1
 
@@ -599,7 +602,8 @@ def small_stage(name, tmp_path, **options):
 
 def zero_batch(name):
     """What batches() of small_stage(name) would yield, full of zeros."""
-    images, labels = torch.zeros(16, 32, 32, 3, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64)
+    images = torch.zeros(16, 32, 32, 3, dtype=torch.uint8)
+    labels = torch.zeros(16, dtype=torch.int64)
     tokens = torch.zeros(16, 130, dtype=torch.int64)
     return {'tokenizer': [images], 'transformer': [tokens, labels]}[name]
 
@@ -662,8 +666,9 @@ def test_micro_batches_are_halved_until_they_fit(tmp_path, capsys):
 def test_the_seed_of_a_step(tmp_path, monkeypatch):
     """Randomness depends on seed, stage, step and rank alone."""
     seeds = []
-    for seed, name, step, rank in ((0, 'tokenizer', 1, 0), (0, 'tokenizer', 2, 0), (0, 'tokenizer', 1, 1),
-                                   (0, 'transformer', 1, 0), (5, 'tokenizer', 1, 0), (0, 'tokenizer', 1, 0)):
+    for seed, name, step, rank in (
+            (0, 'tokenizer', 1, 0), (0, 'tokenizer', 2, 0), (0, 'tokenizer', 1, 1),
+            (0, 'transformer', 1, 0), (5, 'tokenizer', 1, 0), (0, 'tokenizer', 1, 0)):
         stage = small_stage(name, tmp_path, seed=seed, steps=8, tokenizer_steps=8)
         stage.register_forward_pre_hook(lambda *args: seeds.append(torch.initial_seed()))
         monkeypatch.setattr(train, 'rank_and_world', lambda: (rank, 2))
@@ -755,7 +760,8 @@ def test_a_step_on_a_device_neither_mixes_nor_waits(name, tmp_path, monkeypatch)
         figures['loss'].item()
     maps = stage.vae.encode(torch.zeros(2, 3, 32, 32, device='meta'))
     if name == 'transformer':
-        maps = stage.var.eval().generate(stage.vae, torch.zeros(2, dtype=torch.int64), top_k=9, top_p=.9)
+        labels = torch.zeros(2, dtype=torch.int64)
+        maps = stage.var.eval().generate(stage.vae, labels, top_k=9, top_p=.9)
     assert stage.vae.decode(maps).device.type == 'meta'
 
 
@@ -768,7 +774,8 @@ TINY = ('--size', 32, '--depth', 1, '--ch', 8, '--vocab-size', 99, '--tokenizer-
 def write_images(root, n=6, classes=('cat', 'dog')):
     """Images of every kind, in class folders; and one that is cut short."""
     rng = np.random.default_rng(0)
-    kinds = [('RGB', 'jpg'), ('L', 'png'), ('CMYK', 'jpg'), ('P', 'gif'), ('RGBA', 'webp'), ('RGB', 'bmp')]
+    kinds = [('RGB', 'jpg'), ('L', 'png'), ('CMYK', 'jpg'), ('P', 'gif'), ('RGBA', 'webp'),
+             ('RGB', 'bmp')]
     for c in classes:
         (root / c).mkdir(parents=True)
         for i in range(n):
@@ -797,16 +804,18 @@ def trained(tmp_path_factory):
     """A folder with images and a run of train.py on them."""
     folder = tmp_path_factory.mktemp('trained')
     write_images(folder / 'images')
+    words = '--data', 'images', *TINY, '--flip'
     with pytest.MonkeyPatch.context() as patch:
-        assert command(train, '--data', 'images', *TINY, '--flip', monkeypatch=patch, folder=folder) == 0
+        assert command(train, *words, monkeypatch=patch, folder=folder) == 0
     return folder
 
 
 def launch(folder, module, *words, torchrun=(), extra=''):
     """Starts a command in a process of its own, in float32 on one thread, or by torchrun."""
     script = folder / f'{module}_{len(list(folder.iterdir()))}.py'
-    script.write_text(f'import sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, sample, tokenizer, '
-                      f'train, var\nfrom support.run import run\ntorch.set_num_threads(1)\n'
+    script.write_text(f'import sys\nsys.path.insert(0, {str(HERE)!r})\n'
+                      f'import torch, sample, tokenizer, train, var\n'
+                      f'from support.run import run\ntorch.set_num_threads(1)\n'
                       f'{extra}\nif __name__ == "__main__":\n    run({module}.main)\n')
     if torchrun:
         torchrun = ['-m', 'torch.distributed.run', *torchrun, '--']
@@ -827,7 +836,7 @@ def test_two_processes_draw_what_one_draws(trained, tmp_path):
             for how in ((), two)]
     assert [run_.wait() for run_ in runs] == [0, 0]
     one, both = (np.load(tmp_path / name) for name in ('0.npz', f'{len(two)}.npz'))
-    assert np.array_equal(one['arr_0'], both['arr_0']) and np.array_equal(one['arr_1'], both['arr_1'])
+    assert all(np.array_equal(one[name], both[name]) for name in ('arr_0', 'arr_1'))
 
 
 def test_two_machines_train_as_one_process_does(trained, tmp_path):
@@ -847,7 +856,8 @@ def test_two_machines_train_as_one_process_does(trained, tmp_path):
     assert [run_.wait() for run_ in runs] == [0, 0, 0]
     one, two = ([line.split(',') for line in (tmp_path / n / 'log.csv').read_text().splitlines()]
                 for n in ('one', 'two'))
-    assert [row[:2] + row[3:4] for row in one] == [row[:2] + row[3:4] for row in two] and len(one) > 25
+    assert len(one) > 25
+    assert [row[:2] + row[3:4] for row in one] == [row[:2] + row[3:4] for row in two]
     for a, b in zip(one[1:], two[1:]):
         # Rates differ, and these figures are of one process's part of the batch.
         if a[3] not in ('train images/s', 'train PSNR', 'train quantizer', 'train error'):
@@ -906,8 +916,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(trained, tmp_path, monkeypatch, 
 
 
 def test_float16(trained, tmp_path, monkeypatch, capsys):
-    """The gradients that are clipped are not scaled ones, and steps that are not finite are left out
-    until the scale is 1."""
+    """The gradients that are clipped are not scaled ones, and steps that are not finite are left
+    out until the scale is 1."""
     go = partial(command, train, '--precision', 'float16', '--workers', 0, '--out', tmp_path,
                  monkeypatch=monkeypatch, folder=tmp_path)
     assert go('--data', trained / 'images', *TINY) == 0
@@ -935,7 +945,8 @@ def test_fine_tuning(trained, tmp_path, monkeypatch, capsys):
     go = partial(command, train, '--data', 'other', *TINY, '--steps', 0, monkeypatch=monkeypatch,
                  folder=tmp_path)
     assert go('--init', source, '--out', 'a') == 0              # its tokenizer is kept
-    before, after = (torch.load(f, weights_only=True) for f in (source, tmp_path / 'a' / 'model.pt'))
+    before = torch.load(source, weights_only=True)
+    after = torch.load(tmp_path / 'a' / 'model.pt', weights_only=True)
     assert all(torch.equal(v, after['vae'][k]) for k, v in before['vae'].items())
     before, after = before['var'], after['var']
     changed = [k for k, v in before.items() if not torch.equal(v, after[k])]

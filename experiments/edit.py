@@ -25,11 +25,9 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import draw_all, load_both
-from support.images import (crop, image_file, make_grid, open_image, save_image,
-                            to_tensor)
+from support.images import crop, image_file, make_grid, open_image, save_image, to_tensor
 from support.options import a_path, add_shared, labels_of, make_parser
-from support.run import (UserError, cast_linear_weights, pick_device, rank_and_world,
-                         run)
+from support.run import UserError, pick_device, rank_and_world, run
 
 
 def parse_box(text):
@@ -100,14 +98,14 @@ def open_both(photo_file, mask_file, size):
 def main():
     args = parse()
     device = pick_device(args.device)
-    vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
-    vae, var, size = vae.to(device), cast_linear_weights(var, device), vae.image_size
+    vae, var, ckpt = load_both(device, args.ckpt, args.tokenizer)
     labels = labels_of(args, ckpt, var, [var.num_classes])                  # (N,), "no class"
     options = dict(ckpt['sampling'])
     if args.cfg is not None:
         options['cfg'] = args.cfg
-    photo, mask = open_both(args.photo, args.mask, size)
-    new, pixels = new_positions(vae.patch_nums[-1], size, args.box, mask, args.outside)
+    photo, mask = open_both(args.photo, args.mask, vae.image_size)
+    new, pixels = new_positions(vae.patch_nums[-1], vae.image_size, args.box, mask,
+                                args.outside)
     keep = torch.from_numpy(~new).to(device)                                # (P, P)
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
     generate = partial(var.generate, vae, given=given, keep=keep, **options)

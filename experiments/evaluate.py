@@ -20,8 +20,7 @@ from sample import write_npz
 from support.checkpoints import class_indices, load
 from support.data import read_data
 from support.grade import grade_tokenizer, grade_transformer
-from support.options import (a_count, a_path, add_shared, at_least_1, make_config,
-                             make_parser)
+from support.options import a_count, a_path, add_shared, at_least_1, make_config, make_parser
 from support.run import (UserError, cast_linear_weights, pick_device, precision, rank_and_world,
                          run)
 

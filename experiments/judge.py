@@ -29,7 +29,7 @@ from sample import draw_all, load_both
 from support.data import read_data
 from support.images import to_tensor
 from support.options import add_shared, at_least_1, make_parser
-from support.run import UserError, cast_linear_weights, pick_device, rank_and_world, run
+from support.run import UserError, pick_device, rank_and_world, run
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -151,14 +151,13 @@ def main():
     add('--steps', type=at_least_1, default=400, help='steps of the classifier [400]')
     args = parser.parse_args()
     device = pick_device(args.device)
-    vae, var, ckpt = load_both(args.ckpt)
+    vae, var, ckpt = load_both(device, args.ckpt)
     config = data_config(ckpt, vae.image_size, args.data)
     train, val, classes, _ = read_data(config)
     indices = match_classes(classes, ckpt, var)
     classifier, real = train_classifier(train, val, classes, args.steps, device,
                                         mirror=config.flip)
-    var = cast_linear_weights(var, device)
-    samples = draw_classes(vae.to(device), var, args.n, indices, ckpt['sampling'])
+    samples = draw_classes(vae, var, args.n, indices, ckpt['sampling'])
     if rank_and_world()[0] > 0:
         return
     shares, distance = classifier.grade(samples, real)

@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import draw_all, load_both, sheet, shuffled, write_npz
 from support.images import image_file, save_image
 from support.options import a_path, add_shared, at_least_1, labels_of, make_parser
-from support.run import (UserError, cast_linear_weights, pick_device, rank_and_world, reason, run,
-                         seed_of)
+from support.run import UserError, pick_device, rank_and_world, reason, run, seed_of
 
 
 def log_likelihood(vae, var, labels, maps):
@@ -85,8 +84,7 @@ def main():
     add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--seed', '--device')
     args = parser.parse_args()
     device = pick_device(args.device)
-    vae, var, ckpt = load_both(args.ckpt, args.tokenizer)
-    vae, var = vae.to(device), cast_linear_weights(var, device)
+    vae, var, ckpt = load_both(device, args.ckpt, args.tokenizer)
     classifier = load_classifier(args.classifier, device) if args.classifier else None
     labels = labels_of(args, ckpt, var, range(min(10, var.num_classes)))    # (N,)
     if args.npz:

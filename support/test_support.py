@@ -1,7 +1,7 @@
 """Tests of what is not the paper's: files, folders, checkpoints, the commands, the experiments.
 
-They run with those of test_var.py, by python -m pytest -q. The oracles are real files of every kind,
-damaged ones, and the commands themselves.
+They run with those of test_var.py, by python -m pytest -q. The oracles are real files of every
+kind, damaged ones, and the commands themselves.
 """
 import ast
 import dataclasses
@@ -203,14 +203,16 @@ def test_layouts_of_folders(tmp_path, capsys):
         'splits': (['train/a/1.jpg', 'train/b/1.jpg', 'val/b/2.jpg'], 'a b', 2, 1),
         'capitals': (['Train/a/1.jpg', 'Validation/a/2.jpg', 'Validation/a/3.JPEG'], 'a', 1, 2),
         'test split': (['train/a/1.jpg', 'test/a/2.jpg'], 'a', 1, 1),
-        'val before test': (['train/a/1.jpg', 'test/a/2.jpg', 'val/a/3.jpg', 'val/a/4.jpg'], 'a', 1, 2),
+        'val before test': (['train/a/1.jpg', 'test/a/2.jpg', 'val/a/3.jpg', 'val/a/4.jpg'],
+                            'a', 1, 2),
         'tiny': (['train/n1/images/n1_0.JPEG', 'train/n2/images/n2_0.JPEG', 'val/images/val_0.JPEG',
                   'val/images/val_1.JPEG', 'test/images/test_0.JPEG'], 'n1 n2', 2, 2),
         'imagenet': ([f'train/n1/{i}.JPEG' for i in numbers] + ['val/x.JPEG'], 'n1', 18, 2),
         'flat splits': (['train/1.jpg', 'train/2.jpg', 'val/3.jpg'], 'images', 2, 1),
         'flat': ([f'{i}.jpg' for i in numbers], 'images', 18, 2),
         'empty val': (['train/1.jpg', 'train/2.jpg', 'val/notes.txt'], 'images', 1, 1),
-        'images': (['a/images/1.jpg', 'a/images/2.jpg', 'b/images/1.jpg', 'b/x/2.jpg'], 'a b', 2, 1),
+        'images': (['a/images/1.jpg', 'a/images/2.jpg', 'b/images/1.jpg', 'b/x/2.jpg'],
+                   'a b', 2, 1),
         'years': (['cat/1.jpg', 'cat/2.jpg', 'cat/2021/3.jpg', 'cat/2022/4.jpg'], 'cat', 1, 1),
         'beside': (['train/a/1.jpg', 'val/a/2.jpg', 'notes/1.jpg'], 'a', 1, 1),
         'labels': (['train/1.jpg', 'val/2.jpg', 'annotations/1.xml'], 'images', 1, 1),
@@ -221,7 +223,8 @@ def test_layouts_of_folders(tmp_path, capsys):
         root = tmp_path / name
         touch(root, *files, 'a/.hidden.jpg' if name == 'classes' else 'readme.txt')
         if name == 'tiny':
-            (root / 'val' / 'val_annotations.txt').write_text('val_0.JPEG\tn2\t0\nval_1.JPEG\tn1\t0\n')
+            labels = 'val_0.JPEG\tn2\t0\nval_1.JPEG\tn1\t0\n'
+            (root / 'val' / 'val_annotations.txt').write_text(labels)
             (root / 'words.txt').write_text('n1\tgoldfish, Carassius auratus\nn3\tcow\n')
         if name == 'kaggle':
             (tmp_path / 'LOC_synset_mapping.txt').write_text('n1 goldfish, Carassius auratus\n')
@@ -233,8 +236,8 @@ def test_layouts_of_folders(tmp_path, capsys):
         assert all((root / file).exists() for file in a + b), name
         said = capsys.readouterr().out
         assert ('no labelled images' in said) == (name in ('imagenet', 'empty val', 'kaggle')), said
-        assert ('held out' in said) == (
-            name in ('classes', 'few', 'imagenet', 'flat', 'empty val', 'images', 'kaggle', 'years'))
+        assert ('held out' in said) == (name in (
+            'classes', 'few', 'imagenet', 'flat', 'empty val', 'images', 'kaggle', 'years'))
         assert ('2 folders in class folders' in said) == (name == 'years')
         if name == 'tiny':
             assert val_labels == [0, 1] and b == ['val/images/val_1.JPEG', 'val/images/val_0.JPEG']
@@ -251,8 +254,8 @@ def test_layouts_of_folders(tmp_path, capsys):
     capsys.readouterr()
     assert read_folder(tmp_path / 'mixed')[2] == ['sub']
     assert '1 images beside the class folders' in capsys.readouterr().out
-    touch(tmp_path / 'nas', 'a/1.jpg', 'a/2.jpg', 'a/@eaDir/3.jpg', '@eaDir/4.jpg', '__MACOSX/5.jpg',
-          '#recycle/6.jpg', 'lost+found/7.jpg')
+    touch(tmp_path / 'nas', 'a/1.jpg', 'a/2.jpg', 'a/@eaDir/3.jpg', '@eaDir/4.jpg',
+          '__MACOSX/5.jpg', '#recycle/6.jpg', 'lost+found/7.jpg')
     training, val, found = read_folder(tmp_path / 'nas')
     assert found == ['a'] and len(training[0]) + len(val[0]) == 2
     touch(tmp_path / 'phone', 'a/1.jpg', 'a/2.jpg', *(f'a/{i}.HEIC' for i in range(50)))
@@ -306,7 +309,8 @@ def test_a_folder_with_the_name_of_a_data_set(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / 'shapes')
     assert data.read_data(make_config(dict(data='shapes')))[2] == list(data.SHAPES)
-    assert 'does not mean the folder of that name here: for that one, ./shapes' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'does not mean the folder of that name here: for that one, ./shapes' in said
     assert data.read_data(make_config(dict(data='./shapes', size=32)))[2] == ['cat', 'dog']
     (tmp_path / 'cifar10').mkdir()
     monkeypatch.setattr(data, 'fetch', killed)                  # said before a download can fail
@@ -342,7 +346,8 @@ def test_image_set(tmp_path, capsys):
     assert torch.equal(next(images.load([replaced]))[1], index)
     for i in range(12):
         (tmp_path / 'all' / f'{i}.jpg').write_bytes(b'version https://git-lfs.github.com/spec/v1')
-    pointers = ImageSet(np.array([b'%d.jpg' % i for i in range(12)]), np.zeros(12, int), 32, tmp_path / 'all')
+    names = np.array([b'%d.jpg' % i for i in range(12)])
+    pointers = ImageSet(names, np.zeros(12, int), 32, tmp_path / 'all')
     with pytest.raises(UserError, match='none of the images can be read'):
         pointers.some(12)
     assert capsys.readouterr().out.count('left out: ') == 10
@@ -390,7 +395,8 @@ def test_random_crops_are_mirrored_at_random():
     images = ImageSet(image[None], np.zeros(1, int), 32)
     for flip in (False, True):
         config = make_config(dict(flip=flip, workers=0))
-        crops = torch.cat(list(data.random_crops(images, config, 8, 0, 5))).int()   # (40, 32, 32, 3)
+        batches = list(data.random_crops(images, config, 8, 0, 5))
+        crops = torch.cat(batches).int()                                    # (40, 32, 32, 3)
         mirrored = crops[:, 0, 0, 0] > crops[:, 0, -1, 0]
         assert 10 < mirrored.sum() < 30 if flip else not mirrored.any()
         assert len({tuple(corner) for corner in crops[:, 0, 0].tolist()}) > 20
@@ -553,8 +559,8 @@ def test_only_validation_images_that_are_graded_are_tokenized(trained, tmp_path,
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tokens, 'tokenize', note)
-    monkeypatch.setattr(data, 'shapes', lambda n, size, seed: (np.zeros((4 * n, 32, 32, 3), np.uint8),
-                                                               np.arange(4 * n) % 10))
+    monkeypatch.setattr(data, 'shapes', lambda n, size, seed: (
+        np.zeros((4 * n, 32, 32, 3), np.uint8), np.arange(4 * n) % 10))
     (tmp_path / 'shapes').mkdir()               # no --data: the drawn ones are meant
     assert command(train, *TINY, '--tokenizer-steps', 0, '--out', 'shapes', monkeypatch=monkeypatch,
                    folder=tmp_path) == 130
@@ -565,13 +571,15 @@ def test_only_validation_images_that_are_graded_are_tokenized(trained, tmp_path,
 
 
 def test_train_and_sample(trained, monkeypatch):
-    assert {'ckpt.pt', 'model.pt', 'log.csv', 'samples.png', 'reconstructions.png'} <= {*os.listdir(trained)}
+    written = {'ckpt.pt', 'model.pt', 'log.csv', 'samples.png', 'reconstructions.png'}
+    assert written <= {*os.listdir(trained)}
     ckpt = torch.load(trained / 'model.pt', weights_only=True)
     assert ckpt['classes'] == ['cat', 'dog'] and ckpt['config']['depth'] == 1
     assert not {'optimizer', 'adversarial'} & {*ckpt}
     log = read_log(trained / 'log.csv')
-    assert {'PSNR', 'codebook usage', 'loss', 'loss last', 'error 3', 'train loss', 'train images/s',
-            'train lambda_G', 'train gradient norm', 'train learning rate'} <= {name for _, name in log}
+    figures = {'PSNR', 'codebook usage', 'loss', 'loss last', 'error 3', 'train loss',
+               'train images/s', 'train lambda_G', 'train gradient norm', 'train learning rate'}
+    assert figures <= {name for _, name in log}
     assert list(log['transformer', 'loss']) == [1, 2, 3]
     go = partial(command, sample, monkeypatch=monkeypatch, folder=trained)
     assert go('--cls', 'all', '--n', 3, '--out', 'a.png', '--scales', 'grow.gif') == 0
@@ -612,14 +620,17 @@ def test_edit_and_reject(trained, monkeypatch, tmp_path, capsys):
     assert np.array_equal(one[:, :8], whole[:, :8]) and not np.array_equal(one[~kept], whole[~kept])
     assert go('--box', '0,0,.5,.5', '--box', '.5,.5,1,1', '--cls', 'cat', '--outside') == 0
     for n in (2, 1000):
-        judge = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, n)).eval()
-        torch.export.save(torch.export.export(judge, (torch.rand(6, 3, 32, 32),)), tmp_path / f'{n}.pt2')
+        layers = torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, n)
+        judge = torch.nn.Sequential(*layers).eval()
+        exported = torch.export.export(judge, (torch.rand(6, 3, 32, 32),))
+        torch.export.save(exported, tmp_path / f'{n}.pt2')
     go = partial(command, reject, *ckpt, '--n', 3, monkeypatch=monkeypatch, folder=tmp_path)
     assert go('--rounds', 2, '--npz', 'best.npz') == 0
     assert np.load(tmp_path / 'best.npz')['arr_0'].shape == (6, 32, 32, 3)
     assert go('--rounds', 2, '--classifier', '2.pt2') == 0
     assert Image.open(tmp_path / 'best.png').size == (34 * 3 - 2, 34 * 2 - 2)
-    assert go('--rounds', 2, '--classifier', '1000.pt2') == 2   # its columns 0 and 1 are other classes
+    # Columns 0 and 1 of this one are other classes.
+    assert go('--rounds', 2, '--classifier', '1000.pt2') == 2
     assert '--classifier has 1000 classes, and the transformer 2' in capsys.readouterr().err
 
 
@@ -649,7 +660,8 @@ def test_evaluate(trained, monkeypatch, capsys, tmp_path):
         image = open_image(trained / 'images' / os.fsdecode(name), 32)
         val.append(crop(image, 32, 1.125))
     val = np.stack(val)
-    psnr = np.mean([-10 * np.log10(((a / 255. - b / 255.) ** 2).mean()) for a, b in zip(val, rebuilt)])
+    psnr = np.mean([-10 * np.log10(((a / 255. - b / 255.) ** 2).mean())
+                    for a, b in zip(val, rebuilt)])
     assert float(said.split('PSNR ')[1].split()[0]) == pytest.approx(psnr, abs=0.02)
     assert 'loss last' in said and 'error 3' in said
     vae, _, _ = load(trained / 'ckpt.pt')
@@ -696,7 +708,8 @@ def test_rejection_keeps_the_best():
         told, untold = (var(y, x)[0].log_softmax(-1).gather(2, target[..., None]).sum((1, 2))
                         for y in (labels, torch.full_like(labels, 5)))
         scores.append(told - untold)
-    seeds = {seed_of(seed_of(seed, batch), i) for seed in range(9) for batch in range(9) for i in range(9)}
+    seeds = {seed_of(seed_of(seed, batch), i)
+             for seed in range(9) for batch in range(9) for i in range(9)}
     assert len(seeds) == 9 ** 3                                 # no draw is another one's
     kept = reject.best_of(vae, var, 3, None, labels, 5, cfg=0)
     for i, best in enumerate(torch.stack(scores).argmax(0)):
@@ -706,7 +719,8 @@ def test_rejection_keeps_the_best():
         return torch.stack([x.mean((1, 2, 3)) * c for c in range(5)], 1) * 100
 
     kept = reject.best_of(vae, var, 3, brightness, labels, 5, cfg=0)
-    want = torch.stack([brightness(vae.decode(maps)).log_softmax(1)[range(3), labels] for maps in draws])
+    want = torch.stack([brightness(vae.decode(maps)).log_softmax(1)[range(3), labels]
+                        for maps in draws])
     for i, best in enumerate(want.argmax(0)):
         assert all(torch.equal(r[i], d[i]) for r, d in zip(kept, draws[best]))
 
@@ -721,7 +735,7 @@ def test_classes_are_matched_by_name(trained, tmp_path, monkeypatch, capsys):
     losses = []
     for name, change in (('a', {}), ('b', {'classes': ['dog', 'cat']}), ('c', {'classes': []}),
                          ('d', {'classes': ['cat', 'cow']})):
-        if name == 'b':                                         # the same model, classes in another order
+        if name == 'b':                                 # the same model, classes in another order
             table = ckpt['var']['class_emb.weight']
             change = {**change, 'var': {**ckpt['var'], 'class_emb.weight': table[[1, 0, 2]]}}
         torch.save({**ckpt, **change}, tmp_path / f'{name}.pt')
@@ -778,14 +792,16 @@ def test_the_plan_and_what_a_resumed_run_keeps(trained, tmp_path, monkeypatch, c
     assert go('--steps', 5, '--batch', 8) == 0
     assert '5 steps of 8' in (said := capsys.readouterr().out) and 'learning rate 0.003' in said
     assert go('--patch-nums', '1,8') == 2
-    assert '--patch-nums (1, 8): ' in (said := capsys.readouterr().err) and 'has (1, 2, 4, 8)' in said
+    said = capsys.readouterr().err
+    assert '--patch-nums (1, 8): ' in said and 'has (1, 2, 4, 8)' in said
     assert go('--init', trained / 'model.pt') == 2
     assert 'leave out --init' in capsys.readouterr().err
 
 
 def test_data_that_changed_before_a_run_is_resumed(tmp_path, monkeypatch, capsys):
     write_images(tmp_path / 'images')
-    go = partial(command, train, '--data', 'images', *TINY, monkeypatch=monkeypatch, folder=tmp_path)
+    go = partial(command, train, '--data', 'images', *TINY, monkeypatch=monkeypatch,
+                 folder=tmp_path)
     assert go() == 0
     (tmp_path / 'images' / 'dog').rename(tmp_path / 'images' / 'ant')
     assert go('--resume') == 2
@@ -811,7 +827,8 @@ def test_paths_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv('USERPROFILE', str(tmp_path))
     monkeypatch.setattr('sys.argv', ['train.py', '--out=~/runs/a', '--data=~/b', '--init=~/c.pt'])
     given = options.parse('')
-    assert given == dict(out=tmp_path / 'runs' / 'a', data=str(tmp_path / 'b'), init=str(tmp_path / 'c.pt'))
+    assert given == dict(out=tmp_path / 'runs' / 'a', data=str(tmp_path / 'b'),
+                         init=str(tmp_path / 'c.pt'))
 
 
 @torch.no_grad()
@@ -843,7 +860,8 @@ def test_gradients_of_all_processes_are_summed_in_one_transfer(monkeypatch):
 
 def test_surroundings(trained, tmp_path, monkeypatch, capsys):
     """No compiler, file systems."""
-    go = partial(command, train, '--data', trained / 'images', *TINY, '--out', tmp_path, folder=tmp_path)
+    go = partial(command, train, '--data', trained / 'images', *TINY, '--out', tmp_path,
+                 folder=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr('torch._inductor.config.cpp.cxx', ('no-such-compiler',))
         capsys.readouterr()
@@ -855,13 +873,15 @@ def test_surroundings(trained, tmp_path, monkeypatch, capsys):
         assert go(monkeypatch=patch) == 2
         error = capsys.readouterr().err
         assert error.count('\n') == 1 and 'start by torchrun, or unset it' in error
-    with monkeypatch.context() as patch:                        # a file system without locks
+    class NoLocks:                                              # a file system without them
+        def execute(self, sql):
+            raise sqlite3.OperationalError('disk I/O error')
 
-        def refuse(path, timeout):
-            raise_ = sqlite3.OperationalError('disk I/O error')
-            return SimpleNamespace(execute=lambda sql: (_ for _ in ()).throw(raise_), close=lambda: None)
+        def close(self):
+            pass
 
-        patch.setattr(running.sqlite3, 'connect', refuse)
+    with monkeypatch.context() as patch:
+        patch.setattr(running.sqlite3, 'connect', lambda path, timeout: NoLocks())
         assert go(monkeypatch=patch) == 0
         assert 'no file can be locked there' in capsys.readouterr().out
 
@@ -898,7 +918,8 @@ def test_a_new_run_moves_the_old_one_aside(trained, tmp_path, monkeypatch, capsy
     assert go() == 0
     first = (tmp_path / 'model.pt').read_bytes()
     assert go('--init', tmp_path / 'model.pt') == 0
-    assert 'moved ckpt.pt, model.pt, log.csv, tokens of an earlier run to' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'moved ckpt.pt, model.pt, log.csv, tokens of an earlier run to' in said
     assert go() == 0
     assert (tmp_path / 'previous-1' / 'model.pt').read_bytes() == first
     assert same_weights(tmp_path / 'ckpt.pt', tmp_path / 'previous-1' / 'ckpt.pt')
@@ -928,7 +949,8 @@ def test_a_tokenizer_brings_its_scales(trained, tmp_path, monkeypatch, capsys):
 
 def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_path):
     (tmp_path / 'empty').mkdir()
-    touch(tmp_path, *(f'broken/cat/{i}.jpg' for i in range(3)), *(f'half/dog/{i}.jpg' for i in range(9)))
+    touch(tmp_path, *(f'broken/cat/{i}.jpg' for i in range(3)),
+          *(f'half/dog/{i}.jpg' for i in range(9)))
     write_images(tmp_path / 'half', 6, ('cat',))
     whole = (trained / 'ckpt.pt').read_bytes()
     (tmp_path / 'cut.pt').write_bytes(whole[:len(whole) // 2])
@@ -947,40 +969,55 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
     ckpt, photo = ('--ckpt', trained / 'ckpt.pt'), trained / 'images' / 'dog' / '1 é.png'
     box, data_ = ('--box', '0,0,.5,.5'), ('--data', trained / 'images')
     cases = [
-        (train, ['--data', 'nowhere'], 'no such folder'), (train, ['--data', 'empty'], 'no images'),
+        (train, ['--data', 'nowhere'], 'no such folder'),
+        (train, ['--data', 'empty'], 'no images'),
         (train, ['--data', 'broken', *TINY], 'images in a row cannot be read'),
         (train, [*data_, '--classes', 0, *TINY], 'no such class'),
         (train, ['--data', 'half', *TINY, '--tokenizer', trained / 'model.pt', '--out', 'x'],
-         'of class dog can'), (train, ['--size', 48], 'images of 32 px'),
+         'of class dog can'),
+        (train, ['--size', 48], 'images of 32 px'),
         (train, ['--data', 'half', '--size', 128], 'images of 64 px'),
         (train, ['--patch-nums', '1,2,5'], 'images of 20 px'),
-        (train, ['--patch-nums', '2,1'], 'which rise'), (train, ['--patch-nums', '8'], 'at least two'),
+        (train, ['--patch-nums', '2,1'], 'which rise'),
+        (train, ['--patch-nums', '8'], 'at least two'),
         (train, ['--patch-nums', 'x'], 'invalid'),
-        (train, ['--depth', 0], 'at least 1'), (train, ['--lr', -1], 'out of range'),
-        (train, ['--lr', 'x'], "invalid float value: 'x'"), (train, ['--seed', -1], 'out of range'),
-        (train, ['--precision', 'int8'], 'choose from'), (train, ['--nothing', 1], 'unrecognized'),
-        (train, ['--resume'], 'No such file'), (train, ['--resume', '--out', trained / 'images'], 'No such'),
+        (train, ['--depth', 0], 'at least 1'),
+        (train, ['--lr', -1], 'out of range'),
+        (train, ['--lr', 'x'], "invalid float value: 'x'"),
+        (train, ['--seed', -1], 'out of range'),
+        (train, ['--precision', 'int8'], 'choose from'),
+        (train, ['--nothing', 1], 'unrecognized'),
+        (train, ['--resume'], 'No such file'),
+        (train, ['--resume', '--out', trained / 'images'], 'No such'),
         (train, ['--resume', '--out', 'old'], 'nothing to resume'),
         (train, [*data_, '--classes', 'cow', *TINY], 'no such class'),
         (train, [*data_, *TINY, '--perceptual', 1], 'VGG-16'),
         (train, [*data_, *TINY, '--tokenizer', 'var.pth'], 'has no tokenizer'),
         (train, [*data_, *TINY, '--tokenizer', 'vae.pth'], 'makes images of 8 px'),
-        (sample, [], 'cannot read ckpt.pt: No such file'), (sample, ['--ckpt', 'cut.pt'], 'damaged'),
-        (sample, ['--ckpt', 'other.pt'], 'no tokenizer'), (sample, ['--ckpt', 'list.pt'], 'cannot read'),
+        (sample, [], 'cannot read ckpt.pt: No such file'),
+        (sample, ['--ckpt', 'cut.pt'], 'damaged'),
+        (sample, ['--ckpt', 'other.pt'], 'no tokenizer'),
+        (sample, ['--ckpt', 'list.pt'], 'cannot read'),
         (sample, ['--ckpt', 'evil.pt'], 'evil.pt'),
         (sample, ['--ckpt', 'evil2.pt'], 'could run code'),
-        (sample, ['--ckpt', 'var.pth'], 'add --tokenizer'), (sample, ['--ckpt', 'vae.pth'], 'tokenizer only'),
-        (sample, ['--ckpt', 'var.pth', '--tokenizer', trained / 'ckpt.pt'], 'was trained with another tokenizer'),
-        (sample, [*ckpt, '--cls', 'cow'], 'no such class'), (sample, [*ckpt, '--cls', 2], 'no such class'),
-        (sample, [*ckpt, '--top-p', 2], 'from 0 to 1'), (sample, [*ckpt, '--n', 0], 'at least 1'),
+        (sample, ['--ckpt', 'var.pth'], 'add --tokenizer'),
+        (sample, ['--ckpt', 'vae.pth'], 'tokenizer only'),
+        (sample, ['--ckpt', 'var.pth', '--tokenizer', trained / 'ckpt.pt'],
+         'was trained with another tokenizer'),
+        (sample, [*ckpt, '--cls', 'cow'], 'no such class'),
+        (sample, [*ckpt, '--cls', 2], 'no such class'),
+        (sample, [*ckpt, '--top-p', 2], 'from 0 to 1'),
+        (sample, [*ckpt, '--n', 0], 'at least 1'),
         (sample, [*ckpt, '--n', 1, '--out', 'a.xyz'], 'use .png'),
-        (sample, [*ckpt, '--cfg', 'nan'], 'from 0 to 100'), (sample, [*ckpt, '--seed', 2 ** 63], 'from 0 to'),
+        (sample, [*ckpt, '--cfg', 'nan'], 'from 0 to 100'),
+        (sample, [*ckpt, '--seed', 2 ** 63], 'from 0 to'),
         (train, ['--data', trained / 'images', *TINY, '--out', '/proc/nowhere'], 'nowhere'),
         (train, ['--data', trained / 'images', '--size', 32, '--out', trained / 'images' / 'run'],
          'would train on the pictures'),
         (sample, [*ckpt, '--n', 1, '--out', trained / 'log.csv' / 'a.png'], 'cannot write'),
         (sample, [*ckpt, '--n', 1, '--npz', trained / 'log.csv' / 'a.npz'], 'cannot write'),
-        (edit, [*ckpt, 'nothing.jpg', *box], 'nothing.jpg'), (edit, [*ckpt, photo], 'to generate'),
+        (edit, [*ckpt, 'nothing.jpg', *box], 'nothing.jpg'),
+        (edit, [*ckpt, photo], 'to generate'),
         (edit, [*ckpt, photo, '--box', '0,0,1,1'], 'to generate'),
         (edit, [*ckpt, photo, '--box', '0,0,2,.5'], 'fractions'),
         (edit, [*ckpt, photo, '--box', 'middle'], 'fractions'),
@@ -988,7 +1025,9 @@ def test_bad_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, tmp_
         (edit, [*ckpt, photo, '--mask', 'black.png'], 'to generate'),
         (reject, [*ckpt, '--rounds', 0], 'at least 1'),
         (reject, [*ckpt, '--classifier', 'var.pth'], 'torch.export'),
-        (evaluate, ['--ckpt', 'cut.pt'], 'damaged'), (evaluate, ['--ckpt', 'var.pth'], 'add --tokenizer')]
+        (evaluate, ['--ckpt', 'cut.pt'], 'damaged'),
+        (evaluate, ['--ckpt', 'var.pth'], 'add --tokenizer'),
+    ]
     for module, words, why in cases:
         capsys.readouterr()
         status = command(module, *words, monkeypatch=monkeypatch, folder=tmp_path)
