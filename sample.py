@@ -57,8 +57,8 @@ def draw_all(vae, generate, labels, seed=0, batch=None, precision_name=None, sca
     generate(labels=, seed=) returns K token maps (B, l): VAR.generate with all else given. batch:
     images per pass. Every batch has a seed of its own, so that the images are the same for any
     number of processes.
-    Returns uint8 (N, S, H, W, 3), in all processes but the first None. S is 1; with scales it is K:
-    the image after each scale.
+    Returns uint8 (N, S, H, W, 3) in the first process, and None in the others. S is 1; with scales
+    it is K: the image after each scale.
     """
     rank, world = rank_and_world()
     began = time.monotonic()
@@ -67,7 +67,8 @@ def draw_all(vae, generate, labels, seed=0, batch=None, precision_name=None, sca
     batches = labels.split(batch)
     frames = None
     if rank == 0:                               # 50,000 images of 256 px take 10 GB
-        S, H = len(vae.patch_nums) if scales else 1, vae.image_size
+        S = len(vae.patch_nums) if scales else 1
+        H = vae.image_size
         frames = np.empty((len(labels), S, H, H, 3), np.uint8)
     for first in range(0, len(batches), world):                 # a batch for each process
         index = first + rank
@@ -103,9 +104,21 @@ def write_npz(path, images, labels):
     write_file(path, lambda f: np.savez(f, **arrays))
 
 
-def sheet(images, columns):
-    """Images uint8 (N, H, W, 3) in rows of so many columns."""
+def sheet(images, n):
+    """A grid of images uint8 (N, H, W, 3), n of each class: a row per class, or rows of eight for a
+    single one."""
+    columns = n if len(images) > n else 8
     return make_grid(np.split(images, range(columns, len(images), columns)))
+
+
+def write_images(args, images, labels):
+    """Writes images uint8 (N, H, W, 3) to --npz or, without it, as a sheet to --out. Returns the
+    path."""
+    if args.npz:
+        write_npz(args.npz, images, labels)
+        return args.npz
+    save_image(args.out, [sheet(images, args.n)])
+    return args.out
 
 
 def main():
@@ -117,8 +130,6 @@ def main():
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     labels = labels_of(args, ckpt, var, range(min(10, var.num_classes)))    # (N,)
-    columns = args.n if len(labels) > args.n else 8             # one class: rows of eight
-    is_gif = args.scales and args.scales.suffix.lower() == '.gif'
     if args.npz:
         labels = shuffled(labels, args.seed)
     generate = partial(var.generate, vae, **options)
@@ -127,15 +138,11 @@ def main():
     if rank_and_world()[0] > 0:
         return
     images = frames[:, -1]                                                  # (N, H, W, 3)
-    written = args.npz or args.out
-    if args.npz:
-        write_npz(args.npz, images, labels)
-    else:
-        save_image(args.out, [sheet(images, columns)])
+    written = write_images(args, images, labels)
     if args.scales:
         pictures = [make_grid(frames)]                          # a row per image
-        if is_gif:                                              # a frame per scale
-            pictures = [sheet(frames[:, k], columns) for k in range(frames.shape[1])]
+        if args.scales.suffix.lower() == '.gif':                # a frame per scale
+            pictures = [sheet(frames[:, k], args.n) for k in range(frames.shape[1])]
         save_image(args.scales, pictures)
         written = f'{written} and {args.scales}'
     tell(f'drew {len(images)} images; wrote {written}')

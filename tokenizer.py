@@ -167,7 +167,7 @@ def choose_phi(K, count):
     """Which of `count` shared phi serves each of K scales: a list of K indices.
 
     Scale k takes the phi whose tick is nearest to k / (K - 1). The ticks are evenly spaced from
-    1/12 to 11/12 for four phi, as in the release, and from 1 / 2n to 1 - 1 / 2n for n others.
+    1/12 to 11/12 for four phi, as in the release, and from 1/(2n) to 1 - 1/(2n) for another n.
     For K = 10 and four phi the indices are 0 0 1 1 1 2 2 3 3 3: the ticks are 3/36, 13/36, 23/36
     and 33/36, so that k = 2 (2/9) and k = 7 (7/9) lie exactly between two of them, and the rounding
     of float64 decides. Another formula for the same ticks can decide otherwise, and would then
@@ -229,7 +229,7 @@ class Quantizer(nn.Module):
         self.register_buffer('starts', sizes.cumsum(0) - sizes, persistent=False)       # (K,)
         self.register_buffer('scale_of_token', scale_of_token(patch_nums), persistent=False)
         # Enlarging is linear: a product with the matrix that F.interpolate makes of unit vectors.
-        # On a GPU, F.interpolate itself has but one thread per pixel for all images and channels.
+        # On a GPU, F.interpolate is slow: one thread per pixel serves all images and channels.
         matrices = [F.interpolate(torch.eye(p * p).unflatten(1, (1, p, p)), patch_nums[-1],
                                   mode='bicubic').flatten(1) for p in patch_nums]
         self.register_buffer('bicubic', torch.cat(matrices), persistent=False)  # (L, P * P)
@@ -244,7 +244,7 @@ class Quantizer(nn.Module):
         return small.flatten(2).transpose(1, 2)                             # (B, l, z)
 
     def enlarge(self, z_k, k):
-        """interpolate(z_k, H, W), bicubic: z_k (B, l, z) -> (B, z, P, P)."""
+        """interpolate(z_k, h_K, w_K), bicubic: z_k (B, l, z) -> (B, z, P, P)."""
         P = self.patch_nums[-1]
         matrix = self.bicubic.split([p * p for p in self.patch_nums])[k]    # (l, P * P)
         return (z_k.transpose(1, 2) @ matrix).unflatten(2, (P, P))
@@ -446,8 +446,8 @@ class VQVAE(nn.Module):
         after each of the scales: each phi has to bring f_hat close to f before finer scales come.
         After the last scale alone, a coarse phi could leave its errors to the finer scales. The
         first term trains phi alone (in the release the codebook, too, which here is an EMA), and no
-        other loss trains phi: the straight-through estimator below hides f_hat from the image
-        losses. The second, the commitment loss, pulls f towards every partial sum.
+        other loss trains phi: the straight-through estimator below leads the gradients of the image
+        losses past f_hat, to f. The second, the commitment loss, pulls f towards every partial sum.
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         loss, tokens, vectors = 0., [], []

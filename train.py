@@ -16,16 +16,18 @@ Departures from the paper and the released recipe:
   more, images are also mirrored. An image that is smaller than --size is enlarged to --size (in the
   release to 1.125 times --size).
 - The peak learning rate depends neither on the batch nor on the depth (in the release it is 1e-4
-  per 256 images, and 8e-5 from d24 up), and decays to 0.01 of it at every depth (in the release to
-  0.1 for d16 and d20). AdamW's weight decay stays at 0.05 (0.08 at the end for d30 and d36).
-  Batches and the number of steps are smaller, and at 32 and 64 px the learning rates are larger.
+  per 256 images, and 8e-5 from d24 up). The rate falls to 0.01 of the peak at every depth (in the
+  release to 0.1 for d16 and d20). AdamW's weight decay stays at 0.05 (0.08 at the end for d30 and
+  d36). Batches and the number of steps are smaller, and at 32 and 64 px the learning rates are
+  larger.
 - Small models are sampled with guidance 4 to 8 and top-k 10 to 400, without top-p.
 What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
 killed and resumed therefore ends with the same bits as one that was not. Several processes train
 as one does, with three differences: each draws its own dropout, each computes lambda_G from its own
 part of the batch, and dead codes restart as vectors of the first one's part.
 Writes into --out: ckpt.pt, to resume from, about every minute; model.pt, the weights alone;
-log.csv, all figures; reconstructions.png and samples.png; tokens, a folder of stored tokens.
+log.csv, all figures; reconstructions.png and samples.png; tokens, a folder of stored tokens. What
+an earlier run left there, but for the pictures, is moved to previous-1.
 
 Options are in support/options.py, and what is read and stored in support/.
 Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales.
@@ -101,17 +103,19 @@ class TokenizerStage(nn.Module):
         if self.adversarial is not None and step >= self.adversarial_from * self.steps:
             last_layer = self.vae.decoder.conv_out.weight
             adversarial, figures['lambda_G'] = self.adversarial(images, rebuilt, loss, last_layer)
-            loss = loss + adversarial                                       # + lambda_G L_G
+            # + lambda_G L_G, and the discriminator's own loss
+            loss = loss + adversarial
         return loss, figures
 
     @torch.no_grad()
     def evaluate(self, step):
-        """Figures of validation images. Writes reconstructions.png: eight images, and below each
-        its reconstructions from the first, the first two, ... and all scales."""
+        """Figures of validation images. Writes reconstructions.png: eight images (fewer above 256
+        px), and below each its reconstructions from the first, the first two, ... and all scales.
+        """
         vae, config = self.vae, self.config
-        few, _ = self.val_set.some(min(8, batch_size(config.size)))         # (8, H, W, 3)
+        few, _ = self.val_set.some(min(8, batch_size(config.size)))         # (n, H, W, 3)
         scales = vae.decode_scales(vae.encode(to_tensor(few.to(config.device))))
-        rows = [few.numpy(), *(to_uint8(x) for x in scales)]                # K of (8, H, W, 3)
+        rows = [few.numpy(), *(to_uint8(x) for x in scales)]                # (n, H, W, 3) each
         save_image(config.out / 'reconstructions.png', [make_grid(rows)])
         n = 1000 if config.size <= 64 else 200
         return grade_tokenizer(vae, self.val_set, n, config.device, config.workers)[0]
@@ -199,7 +203,8 @@ def make_optimizer(stage):
     for name, p in stage.named_parameters():
         exempt = any(part in name for part in ('pos_', 'lvl_embed', 'ada_gss', 'scale_mul'))
         if p.requires_grad:
-            (free if p.ndim < 2 or exempt else decayed).append(p)
+            group = free if p.ndim < 2 or exempt else decayed
+            group.append(p)
     groups = [{'params': decayed, 'weight_decay': 0.05}, {'params': free, 'weight_decay': 0.}]
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=True)
 
@@ -297,10 +302,10 @@ def train_stage(stage, state):
             batch = [x.pin_memory() for x in batch]
         batch = [x.to(device, non_blocking=True) for x in batch]
         figures = gradients(stage, step, batch, scaler)
-        learning = [p for p in weights if p.grad is not None]   # the discriminator does not yet
+        learning = [p for p in weights if p.grad is not None]   # not L_G's before it starts
         add_up([p.grad for p in learning])
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(learning, 2.0)    # the release's
+        norm = torch.nn.utils.clip_grad_norm_(learning, 2.0)    # as in the release
         figures['gradient norm'] = norm
         scaler.step(optimizer)
         scaler.update()

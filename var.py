@@ -1,8 +1,9 @@
 """VAR: a GPT-2-like transformer that predicts the next scale instead of the next token.
 
-    var, maps = VAR(depth=16), vae.encode(images)
+    var = VAR(depth=16)
+    maps = vae.encode(images)
     logits, loss = var(labels, vae.var_input(maps), torch.cat(maps, dim=1))     # training
-    maps = var.generate(vae, labels)                # sampling: K passes, keys and values cached
+    maps = var.eval().generate(vae, labels)         # sampling: K passes, keys and values cached
     images = vae.decode(maps)
 
 The method (Fig. 4) for the scales 1, 2, 4, 8, with 1 + 4 + 16 + 64 = 85 tokens; read upwards:
@@ -43,7 +44,8 @@ Parameters have the names of the released files, so that weights load in both di
     pos_1LC, lvl_embed      a vector per position, and one per scale, added to every input
     lvl_1L                  the scale of each token
     attn_bias_for_masking   the block-causal mask
-    ada_lin, ada_gss        AdaLN: of each block; a block's offset to the shared one
+    ada_lin                 the AdaLN of a block
+    ada_gss                 with shared AdaLN: a block's offset to the shared projection
     head_nm                 the AdaLN of the head
 """
 import math
@@ -135,7 +137,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Attention and FFN. The class scales and shifts the input of each, and gates its output: AdaLN
-    (Section 4). All else is as in GPT-2: no rotary embedding, SwiGLU or RMSNorm."""
+    (Section 4). Otherwise close to GPT-2, without rotary embedding, SwiGLU or RMSNorm."""
 
     def __init__(self, w, heads, drop_rate, shared_aln):
         super().__init__()
@@ -169,11 +171,11 @@ class Block(nn.Module):
 class VAR(nn.Module):
     """The product over all scales k of p(r_k | r_<k), equation (6). patch_nums: sides of the r_k.
 
-    The depth d sets the width w = 64 d and d heads, equation (7). The blocks then have, equation
-    (8), d (4 w^2 + 8 w^2 + 6 w^2) = 18 d w^2 = 73728 d^3 weights in attention, FFN and AdaLN: 15.9
-    M for d = 6, and 302.0 M for d = 16. With embeddings, head and biases, which are not counted, it
-    is 18.5 and 310.3 M. Class index num_classes stands for "no class". shared_aln: one AdaLN
-    projection for all blocks, as in the 512 px model; (8) is then 12 d w^2 + 6 w^2.
+    The depth d sets the width w = 64 d and d heads, equation (7). By equation (8) the blocks have
+    d (4 w^2 + 8 w^2 + 6 w^2) = 18 d w^2 = 73728 d^3 weights in attention, FFN and AdaLN: 15.9 M for
+    d = 6, and 302.0 M for d = 16. It leaves out embeddings, head and biases: with them it is 18.5
+    and 310.3 M. Class index num_classes stands for "no class". shared_aln: one AdaLN projection for
+    all blocks, as in the 512 px model; (8) is then 12 d w^2 + 6 w^2.
     """
     label_dropout = 0.1     # share of the training images that lose their label, for guidance
 
@@ -183,7 +185,8 @@ class VAR(nn.Module):
         self.patch_nums = tuple(patch_nums)
         self.num_classes = num_classes
         self.vocab_size = vocab_size
-        w, heads, L = 64 * depth, depth, sum(p * p for p in patch_nums)                 # (7)
+        w, heads = 64 * depth, depth                                            # (7)
+        L = sum(p * p for p in patch_nums)
         self.word_embed = nn.Linear(z_channels, w)
         self.class_emb = nn.Embedding(num_classes + 1, w)
         self.pos_start = nn.Parameter(torch.empty(1, patch_nums[0] ** 2, w))
@@ -191,7 +194,7 @@ class VAR(nn.Module):
         self.lvl_embed = nn.Embedding(len(patch_nums), w)
         self.register_buffer('lvl_1L', scale_of_token(patch_nums)[None])
         self.register_buffer('attn_bias_for_masking', block_causal_mask(patch_nums)[None, None])
-        drop_rates = torch.linspace(0, 0.1 * depth / 24, depth).tolist()                # (7)
+        drop_rates = torch.linspace(0, 0.1 * depth / 24, depth).tolist()        # (7)
         self.blocks = nn.ModuleList(Block(w, heads, drop_rate, shared_aln)
                                     for drop_rate in drop_rates)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(w, 6 * w)) if shared_aln else None
@@ -203,9 +206,9 @@ class VAR(nn.Module):
     def init_weights(self, w, depth):
         """Initial weights, by parameter name; source: the release."""
         # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity
-        # (with shared_aln only the blocks' offsets are so small). They open soon: the gradient of a
-        # gate is that of x times its branch's output, however small the gate is, and a step of
-        # Adam does not depend on the size of gradients. Their values by depth are the release's.
+        # (with shared_aln only the blocks' offsets are so small). They open soon: a small gate
+        # does not make its own gradient small, and a step of Adam does not depend on the size of
+        # gradients. Their values by depth are the release's.
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4, 36: 5e-6}.get(depth, 1e-5)
         ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
@@ -257,7 +260,7 @@ class VAR(nn.Module):
     def logits(self, x, modulation):
         """The head: x (B, l, w) -> (B, l, V), float32."""
         scale, shift = modulation
-        return self.head(layer_norm(x.float()) * (1 + scale) + shift).float()
+        return self.head(layer_norm(x) * (1 + scale) + shift).float()
 
     def forward(self, labels, x, targets=None):
         """Teacher forcing: all scales in one pass, under the block-causal mask (Fig. 4).
@@ -302,8 +305,8 @@ class VAR(nn.Module):
         they are kept.
         Tokens are kept, not pixels: the kept part is what the tokenizer makes of it.
         Returns K token maps (B, l), for VQVAE.decode.
-        The same seed, an int, draws the same tokens on the same kind of device. Nothing waits for a
-        GPU but the copies of labels and keep to it.
+        The same seed, an int, draws the same tokens on the same kind of device. Only the copies of
+        labels and keep to a GPU wait for it.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
         labels = torch.as_tensor(labels, device=device)
@@ -388,9 +391,8 @@ def filter_logits(logits, top_k=0, top_p=0.0):
 def draw(probabilities, generator):
     """One code from each distribution: (B, l, V) -> (B, l).
 
-    Code i is drawn with probability p_i: for independent exponential e_i, that is how often p_i /
-    e_i is the greatest of all. torch.multinomial does the same, but waits for the GPU to check its
-    input.
+    For independent exponential e_i, p_i / e_i is the greatest of all with probability p_i.
+    torch.multinomial does the same, but waits for the GPU to check its input.
     """
     e = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / e).argmax(-1)

@@ -9,7 +9,7 @@ weights are needed, because speed does not depend on them. All times are medians
 forward and a backward pass on given tokens, without the optimizer; all samples are guided, which
 doubles their batch. The peak matmul throughput is measured first and last, so that figures can be
 read against what the machine gave in between. The second command suits a large GPU.
-Writes bench.png, the comparison of VAR and raster-scan AR.
+Writes bench.png, the comparison of VAR and raster-scan AR, for two --grids or more.
 
 Letters: B images per batch, n side of the last token map, d depth, z code dimension, l tokens of
 one scale, L tokens of all.

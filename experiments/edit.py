@@ -1,7 +1,7 @@
 """Zero-shot editing (Section 6, Fig. 8): in-painting, out-painting, class-conditional editing.
 
     python experiments/edit.py photo.jpg --mask mask.png --paste            # in-painting
-    python experiments/edit.py photo.jpg --box .25,.25,.75,.75 --cls 284    # as class 284
+    python experiments/edit.py photo.jpg --box .25,.25,.75,.75 --cls 3      # as class 3
     python experiments/edit.py photo.jpg --box 0,0,1,.5 --outside           # out-painting
 
 The white part of the mask, or the inside of the boxes, is generated; the rest is kept. A mask is

@@ -4,7 +4,7 @@
 
 A raster-scan transformer is a VAR whose "scales" are single tokens: its block-causal mask is then
 the causal mask, and its generation with cached keys and values takes one pass per token. Width,
-depth and code are therefore those of VAR. This file holds what differs: how tokens become the
+depth and blocks are therefore those of VAR. This file holds what differs: how tokens become the
 transformer's input, and an image. It writes nothing.
 
 Letters as in tokenizer.py; n is the side of the token map, so that there are n * n tokens.

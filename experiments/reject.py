@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import draw_all, load_both, sheet, shuffled, write_npz
-from support.images import image_file, save_image
+from sample import draw_all, load_both, shuffled, write_images
+from support.images import image_file
 from support.options import a_path, add_shared, at_least_1, labels_of, make_parser
 from support.run import UserError, pick_device, rank_and_world, reason, run, seed_of
 
@@ -94,12 +94,8 @@ def main():
     if rank_and_world()[0] > 0:
         return
     images = frames[:, -1]                                                  # (N, H, W, 3)
-    if args.npz:
-        write_npz(args.npz, images, labels)
-    else:
-        save_image(args.out, [sheet(images, args.n)])
     print(f'drew {len(images) * args.rounds} images, kept {len(images)}; '
-          f'wrote {args.npz or args.out}')
+          f'wrote {write_images(args, images, labels)}')
 
 
 if __name__ == '__main__':

@@ -44,8 +44,9 @@ def ssim(a, b):
 
 @torch.no_grad()
 def grade_tokenizer(vae, images, n, device, workers=0, rebuilt=None):
-    """Figures of the tokenizer on n images of an ImageSet, a dict; their tokens, (n, L) int64, and
-    labels (n,). Unreadable images are left out. UserError if none can be read.
+    """Grades the tokenizer on n images of an ImageSet. Returns figures, a dict; the images' tokens,
+    (n, L) int64; and their labels (n,). Unreadable images are left out. UserError if none can be
+    read.
 
     PSNR in dB, entropy in bits. 'usage k' is the number of codes that scale k uses, divided by V,
     or by the number of its tokens in these images if that is smaller. rebuilt: an array uint8

@@ -13,7 +13,7 @@ from support.run import UserError, reason, write_file
 
 
 def open_image(path, size, behind='white'):
-    """An image file as an RGB PIL image, upright. A JPEG may be decoded smaller, not below `size`.
+    """An image file as an RGB PIL image, upright. A JPEG may be decoded smaller, down to 2 `size`.
 
     `behind` is the colour that shows through transparency; of an animation the first frame is used.
     Raises UserError if Pillow cannot read the whole of it, or for more than 8 bits per channel.
@@ -39,9 +39,9 @@ def crop(image, size, zoom=1., rng=None):
     """A square of a PIL image as uint8 (size, size, 3), by Lanczos.
 
     The side of the square is the image's shorter side divided by zoom, but not below size, so that
-    nothing is enlarged but images that are too small: for size 256 and zoom 1.125 it is 444 of 500
-    px, 256 of 270 px, and 200 of 200 px. The square is the centre or, with a numpy generator, a
-    random one.
+    only images that are too small are enlarged: for size 256 and zoom 1.125 it is 444 of 500 px,
+    256 of 270 px, and 200 of 200 px. The square is the centre or, with a numpy generator, a random
+    one.
     """
     short = min(image.size)
     side = min(short, max(size, short / zoom))

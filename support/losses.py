@@ -42,7 +42,8 @@ class PerceptualLoss(nn.Module):
 
     def features(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> a map of each depth, (B, channels, height, width)."""
-        x, found = (images / 2 + 0.5 - self.mean) / self.deviation, []
+        x = (images / 2 + 0.5 - self.mean) / self.deviation
+        found = []
         for layer in self.layers:
             if isinstance(layer, nn.MaxPool2d):                 # a depth ends
                 found.append(x)
@@ -82,7 +83,7 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class AdversarialLoss(nn.Module):
-    """lambda_G L_G of (5): the hinge loss of a patch discriminator, with the weight of VQGAN."""
+    """lambda_G L_G of (5), with VQGAN's lambda_G, and the hinge loss of a patch discriminator."""
 
     def __init__(self, share):
         super().__init__()
@@ -90,15 +91,16 @@ class AdversarialLoss(nn.Module):
         self.disc = PatchDiscriminator()
 
     def forward(self, images, rebuilt, others, last_layer):
-        """The loss to minimise, of decoder and discriminator at once, and lambda_G; scalars.
+        """The loss to minimise, of tokenizer and discriminator at once, and lambda_G; scalars.
 
         images, rebuilt (B, 3, H, W); others: the sum of the other losses, a scalar; last_layer: the
         weights of the decoder's last layer.
         """
-        # The decoder's term, L_G: it makes `rebuilt` look real. The discriminator's weights are
-        # constants in it, so that its gradient reaches the decoder alone.
+        # The tokenizer's term, L_G: it makes `rebuilt` look real. The discriminator's weights are
+        # constants in it, so that its gradient reaches the tokenizer alone.
         constants = {name: p.detach() for name, p in self.disc.named_parameters()}
-        # In float32, because the gradient of a mean, times lambda_G and a scaler, exceeds float16.
+        # In float32: the gradient that enters the mean, lambda_G times the scaler's factor, exceeds
+        # float16.
         fool = -torch.func.functional_call(self.disc, constants, rebuilt).float().mean()
         # The discriminator's term: real images above 1, rebuilt ones below -1. `rebuilt` is a
         # constant in it, so that its gradient reaches the discriminator alone. One optimizer and
@@ -106,8 +108,9 @@ class AdversarialLoss(nn.Module):
         real = self.disc(images).float()
         fake = self.disc(rebuilt.detach()).float()
         judge = (F.relu(1 - real) + F.relu(1 + fake)).mean() / 2
-        # lambda_G is `share` times the ratio of two gradients at the decoder's last layer: of the
-        # other losses, and of L_G. 4096 keeps both from vanishing in float16, and cancels out.
+        # lambda_G is `share` times the ratio of the norms of two gradients at the decoder's last
+        # layer: of the other losses, and of L_G. 4096 keeps both from vanishing in float16, and
+        # cancels out.
         norms = []
         for loss in (others, fool):
             (gradient,) = torch.autograd.grad(4096 * loss, last_layer, retain_graph=True)

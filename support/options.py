@@ -53,11 +53,11 @@ def sides(text):
 
 # Options that several commands have.
 SHARED = {
-    '--ckpt': dict(type=a_path, default='ckpt.pt', help='of train.py, or a released transformer'),
+    '--ckpt': dict(type=a_path, default='ckpt.pt',
+                   help='of train.py; with --tokenizer a released one'),
     '--tokenizer': dict(type=a_path, help='a released tokenizer, for a released transformer'),
     '--data': dict(help='as for train.py [what the checkpoint was trained on]'),
-    '--cls': dict(nargs='+', action='extend',
-                  help='class indices, names, or all [the first ten]'),
+    '--cls': dict(nargs='+', action='extend', help='class indices, names, or all'),
     '--n': dict(type=at_least_1, default=8, help='images per class [8]'),
     '--cfg': dict(type=a_guidance, help='guidance of the last scale [of the checkpoint]'),
     '--seed': dict(type=a_seed, default=0, help='the same images for the same seed and options'),
@@ -136,8 +136,8 @@ class Config:
     data: str = option('shapes, cifar10, or a folder of images', os.path.expanduser,
                        default='shapes')
     size: int = option('side of the images: 32, 64, 256, or another one with --patch-nums; without '
-                       'it 32 for shapes and CIFAR-10, and 256 for a folder', at_least_1,
-                       default=None)
+                       'it 32 for shapes and CIFAR-10, and 256 for a folder',
+                       number(int, 11), default=None)           # SSIM has a window of 11 pixels
     classes: str = option('use the first N classes, or the classes a,b,c', default='')
     limit: int = option('use at most so many images per class; 0: all', a_count, default=0)
     seed: int = option('seed of everything random', a_seed, default=0)
@@ -220,7 +220,7 @@ def parse(description):
             values = [f'{size}: {str(value).strip("()").replace(" ", "")}'
                       for size, value in zip(SIZES, by_size)]
             text += f' [{"; ".join(values)}]'
-        elif f.default not in (None, '', False):
+        elif f.type is not bool and f.default not in (None, ''):
             text += f' [{f.default}]'
         how = dict(type=f.metadata['kind'], metavar='X')
         if f.type is bool:

@@ -43,8 +43,8 @@ def read_tokens(path, key):
 
 @torch.no_grad()
 def encode_views(vae, images, rows, views, config):
-    """Tokens of those rows (indices) of an ImageSet that can be read: uint16 (n, views, L), and
-    these rows, int64 (n,).
+    """Tokens of the images of an ImageSet with the indices `rows`, as far as they can be read:
+    uint16 (n, views, L), and their indices, int64 (n,).
 
     The first view is the centre crop, the others are random ones; with flip, every second view is
     mirrored.
@@ -73,8 +73,8 @@ def encode_views(vae, images, rows, views, config):
 
 
 def tokenize(vae, images, rows, config, name, views=1):
-    """Tokens and labels of those rows (indices, rising) of an ImageSet that can be read: uint16
-    (N, views, L), and int64 (N,). UserError if no image can be read.
+    """Tokens and labels of the images of an ImageSet with the indices `rows`, which rise, as far as
+    they can be read: uint16 (N, views, L), and int64 (N,). UserError if no image can be read.
 
     They are stored in --out/tokens, PER_FILE images in a file; each process makes a part of the
     files. Images that a file lacks, because a disk was away, are read again.
