@@ -28,9 +28,9 @@ from raster import Raster
 from support.checkpoints import read_checkpoint
 from support.data import read_data
 from support.images import make_grid, save_image
-from support.options import (a_count, a_guidance, a_path, add_shared, at_least_1,
-                             make_config, make_parser)
-from support.run import pick_device, read_log, run
+from support.options import (a_count, a_guidance, a_path, add_shared, at_least_1, make_config,
+                             make_parser)
+from support.run import cast_linear_weights, pick_device, read_log, run
 from support.tokens import key_of_tokens, tokenize_both
 from tokenizer import VQVAE
 from train import TokenizerStage, TransformerStage, train_stage
@@ -91,7 +91,8 @@ def train_or_load(make_stage, config, tokens=None):
     state = read_checkpoint(path) if path.exists() else {}
     if any(state.get(name) != value for name, value in trained_on.items()):
         state = dict(trained_on, step=0, optimizer=None)
-        (config.out / 'log.csv').unlink(missing_ok=True)
+        for old in (path, config.out / 'log.csv'):
+            old.unlink(missing_ok=True)
     torch.manual_seed(config.seed)
     stage = make_stage().to(config.device)
     if state['step'] < stage.steps:
@@ -115,8 +116,9 @@ def train_tokenizer(config, train, val):
 
 
 def train_transformer(config, num_classes, vae, stored, stored_val, key, model, normalised):
-    """A transformer of class `model`, trained on stored tokens, and its validation loss in nats per
-    token. vae: a VQVAE or a Raster; normalised: whether queries and keys are."""
+    """A transformer of class `model`, trained on stored tokens, ready for sampling, and its
+    validation loss in nats per token. vae: a VQVAE or a Raster; normalised: whether queries and
+    keys are."""
     def make_stage():
         V, z = vae.quantize.embedding.weight.shape
         var = model(vae.patch_nums, config.depth, num_classes, V, z)
@@ -125,7 +127,8 @@ def train_transformer(config, num_classes, vae, stored, stored_val, key, model, 
         return TransformerStage(config, vae, var, stored, stored_val)
 
     var = train_or_load(make_stage, config, key).var
-    return var, read_log(config.out / 'log.csv')['transformer', 'loss'][config.steps]
+    loss = read_log(config.out / 'log.csv')['transformer', 'loss'][config.steps]
+    return cast_linear_weights(var, config.device), loss
 
 
 # ---- The table ----

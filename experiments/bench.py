@@ -4,24 +4,24 @@
     python experiments/bench.py --depths 16 --batch 32 --draw 1 16 64 --baseline-depth 16 --compile
 
 Paper: Table 1 (time of sampling), and the appendix on time complexity: O(n^4) for VAR, and O(n^6)
-for raster-scan AR without cached keys and values. The sizes are the official ones, at 256 px. No
-weights are needed, because speed does not depend on them. All times are medians. Training is a
-forward and a backward pass on given tokens, without the optimizer; all samples are guided, which
-doubles their batch. The peak matmul throughput is measured first and last, so that figures can be
-read against what the machine gave in between. The second command suits a large GPU.
+for raster-scan AR without cached keys and values. Training and sampling have the official sizes at
+256 px, the comparison has last maps of 8x8 to 32x32. No weights are needed, because speed does not
+depend on them. All times are medians. Training is a forward and a backward pass on given tokens and
+inputs, without the optimizer; all samples are guided, which doubles their batch. The peak matmul
+throughput is measured first and last, because a shared machine changes its speed. The second
+command suits a large GPU.
 Writes bench.png, the comparison of VAR and raster-scan AR, for two --grids or more.
 
 Letters: B images per batch, n side of the last token map, d depth, z code dimension, l tokens of
 one scale, L tokens of all.
 """
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 matplotlib.use('Agg')
@@ -30,8 +30,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from raster import Raster
 from support.options import a_path, add_shared, at_least_1, make_parser
-from support.run import (cast_linear_weights, choose_precision,
-                         pick_device, precision, run)
+from support.run import cast_linear_weights, choose_precision, pick_device, precision, run
 from tokenizer import VQVAE
 from var import VAR
 
@@ -43,26 +42,14 @@ GRIDS = {8: (1, 2, 3, 4, 6, 8),
 EXPONENTS = {'VAR': 4, 'raster-scan AR': 6}         # of n, in the appendix, without a cache
 
 
-def synchronize(device):
-    """Waits until the device has done all that was asked of it."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+def seconds_of(work):
+    """The median time of work(): of as many calls as it takes to know it, for ten seconds at most.
 
-
-def seconds_of(work, device):
-    """The median time of work(): of ten calls, or of as many as begin within ten seconds.
-
-    One call before, which allocates memory and compiles, does not count.
+    One call before, which allocates memory and compiles, does not count. Timer waits for a GPU.
     """
     work()
-    synchronize(device)
-    times = []
-    while len(times) < 10 and sum(times) < 10:
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    timer = Timer('work()', globals={'work': work}, num_threads=torch.get_num_threads())
+    return timer.adaptive_autorange().median
 
 
 def matmul_throughput(device):
@@ -70,7 +57,7 @@ def matmul_throughput(device):
     n = 8192 if device.type == 'cuda' else 4096
     dtype = getattr(torch, choose_precision(device))
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n ** 3 / seconds_of(lambda: a @ b, device)
+    return 2 * n ** 3 / seconds_of(lambda: a @ b)
 
 
 def peak_memory(device):
@@ -104,7 +91,7 @@ def training(vae, d, B, device, compiled):
     if compiled:
         for block in var.blocks:                                # as train.py --compile does
             block.compile()
-    return seconds_of(step, device), counter.get_total_flops()
+    return seconds_of(step), counter.get_total_flops()
 
 
 def sampler(vae, d, B, device):
@@ -129,16 +116,16 @@ def sampling(vae, d, B, device):
         with precision(device):
             vae.decode(maps)
 
-    tokens, pixels = seconds_of(generate, device), seconds_of(decode, device)
+    tokens, pixels = seconds_of(generate), seconds_of(decode)
     figures = {'images/s': B / (tokens + pixels), 'ms without the decoder': 1e3 * tokens,
                'ms of the decoder': 1e3 * pixels}
     if device.type == 'cuda':
-        # To start the thousands of small kernels of a pass takes longer than they do. Nothing in
-        # generate() waits for the GPU, so that all of it can be recorded, and started as a whole.
+        # Starting the hundreds of small kernels of a pass takes longer than running them. Nothing
+        # in generate() waits for the GPU, so that all of it can be recorded and started as a whole.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             generate()
-        figures['ms without the decoder, as a CUDA graph'] = 1e3 * seconds_of(graph.replay, device)
+        figures['ms without the decoder, as a CUDA graph'] = 1e3 * seconds_of(graph.replay)
     return figures
 
 
@@ -148,7 +135,7 @@ def baseline(n, d, device):
     seconds = []
     for sides, kind in ((GRIDS[n], lambda vae: vae), ((n,), Raster)):
         vae = VQVAE(sides, ch=32, ch_mult=(1,)).to(device).eval()
-        seconds.append(seconds_of(sampler(kind(vae), d, 1, device), device))
+        seconds.append(seconds_of(sampler(kind(vae), d, 1, device)))
     return seconds
 
 
@@ -214,8 +201,8 @@ def main():
     with precision(device):
         maps = vae.encode(images)                                           # K of (B, l)
         report(f'tokenizer, batch {B}', {
-            'ms per image to encode': 1e3 * seconds_of(lambda: vae.encode(images), device) / B,
-            'ms per image to decode': 1e3 * seconds_of(lambda: vae.decode(maps), device) / B})
+            'ms per image to encode': 1e3 * seconds_of(lambda: vae.encode(images)) / B,
+            'ms per image to decode': 1e3 * seconds_of(lambda: vae.decode(maps)) / B})
 
     for d in args.depths:
         for compiled in [False, True] if args.compile else [False]:

@@ -65,10 +65,10 @@ def new_positions(P, size, boxes=(), mask=None, outside=False):
 
 
 def paste(photo, images, pixels):
-    """images uint8 (N, H, W, 3) with the photograph's own pixels where pixels (H, W) is False, and
-    an edge as soft as 1/64 of the image."""
+    """images uint8 (N, H, W, 3) with the photograph's own pixels where pixels (H, W) is False, but
+    for a soft edge of 1/64 of the image there."""
     edge = Image.fromarray(np.uint8(255 * pixels)).filter(ImageFilter.GaussianBlur(len(photo) / 64))
-    share = np.asarray(edge)[..., None] / 255                               # (H, W, 1)
+    share = np.maximum(np.asarray(edge) / 255, pixels)[..., None]           # (H, W, 1)
     return np.uint8(share * images + (1 - share) * photo + 0.5)             # (N, H, W, 3)
 
 
@@ -103,6 +103,8 @@ def main():
     options = dict(ckpt['sampling'])
     if args.cfg is not None:
         options['cfg'] = args.cfg
+    if not args.cls:
+        options['cfg'] = 0.                     # "no class" is not guided by itself
     photo, mask = open_both(args.photo, args.mask, vae.image_size)
     new, pixels = new_positions(vae.patch_nums[-1], vae.image_size, args.box, mask,
                                 args.outside)

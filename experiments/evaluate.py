@@ -5,7 +5,8 @@
         --data ./imagenet
 
 Tokenizer: PSNR, SSIM, codebook usage (of all scales and of each), entropy of the tokens. The
-reconstructions go into reconstructions.npz, for the evaluators of rFID.
+reconstructions go into reconstructions.npz, for the evaluators of rFID; their references need the
+same crops, which for photographs are the middle 8/9 of the centre square, as in training.
 Transformer (Section 5.2): loss in nats per token and token error, over all scales, of the last one,
 and of each. Scales count from 0.
 """

@@ -7,8 +7,9 @@ Paper: the metrics of Section 5.1 and Table 1, at a size where FID and IS say li
 is trained on the training images and tested on the validation images. Then 50 samples per class are
 drawn with the checkpoint's own guidance and top-k. Prints the share of the samples that is
 classified correctly, as the class that was asked for, and the Frechet distance of their features
-from those of the validation images. Such a distance is comparable only with others of the same
-classifier and of the same number of samples. It takes images of 32 or 64 px. Writes no files.
+from those of the validation images, which should have all classes alike, as the samples have. Such
+a distance is comparable only with others of the same classifier and of the same number of samples.
+It takes images of 32 or 64 px. Writes no files.
 
 The share is too high: a classifier of a few classes learns the colours and textures that tell them
 apart, and does not ask for the thing itself.

@@ -3,11 +3,13 @@
     python train.py --data cifar10                                  # the tokenizer, in ckpt.pt
     python experiments/scaling.py --depths 2 3 4 6
 
-Paper: equations (9) to (16), Figs. 5, 6 and 7. Transformers of several depths, equation (7), are
-trained on the same tokens, with the same batches and steps. Each depth has a folder of its own,
-continues where it was interrupted, and is not trained again when it is complete. Depths can
-therefore be shared among machines: run the command on each with some of the --depths, and at last
-with all of them, always with the same other options and an --out that all see.
+Paper: equations (9) to (16), Figs. 5, 6 and 7. The loss is the whole cross-entropy; the paper plots
+it less an irreducible part of 4.5 to 5, so that exponents of the loss cannot be compared.
+Transformers of several depths, equation (7), are trained on the same tokens, with the same batches
+and steps. Each depth has a folder of its own, continues where it was interrupted, and is not
+trained again when it is complete. Depths can therefore be shared among machines: run the command on
+each with some of the --depths, and at last with all of them, always with the same other options and
+an --out that all see.
 Writes scaling-grid.png (Fig. 7), a row per depth, with the samples of four classes, each after
 growing shares of the training; and for three depths or more scaling.png (Figs. 5 and 6), and prints
 the power laws. The figures of each depth are in its log.csv.
@@ -31,8 +33,7 @@ from ablation import train_or_load
 from support.checkpoints import load
 from support.data import read_data
 from support.images import make_grid, save_image, to_uint8
-from support.options import (a_path, add_shared, at_least_1, make_config, make_parser,
-                             number)
+from support.options import a_path, add_shared, at_least_1, make_config, make_parser, number
 from support.run import UserError, pick_device, read_log, run, write_file
 from support.tokens import key_of_tokens, tokenize_both
 from train import TransformerStage
@@ -44,7 +45,7 @@ FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
 
 @dataclass
 class Run:
-    """One depth, trained. N and C as in Section 5.2, C in PFLOP; course: {step: figures}."""
+    """One depth, trained. N as in (8), C in PFLOP; course: {step: figures}."""
     depth: int
     N: int
     C: float
@@ -77,10 +78,9 @@ def fit_power_law(x, y):
     """y = (b x)^a, equation (9), for points x (n,) and y (n,), by a line in log-log. Returns a, its
     standard error, b, and the Pearson coefficient of that line, as in (10)."""
     log_x, log_y = np.log(x), np.log(y)
+    (a, offset), covariance = np.polyfit(log_x, log_y, 1, cov=True)
     r = np.corrcoef(log_x, log_y)[0, 1]
-    a, offset = np.polyfit(log_x, log_y, 1)
-    error = abs(a) * math.sqrt(max(0., 1 / r ** 2 - 1) / max(1, len(x) - 2))
-    return a, error, np.exp(offset / a), r
+    return a, math.sqrt(covariance[0, 0]), np.exp(offset / a), r
 
 
 def pareto_front(points):

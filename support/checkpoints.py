@@ -63,9 +63,9 @@ def load(path, tokenizer=None, scales=RELEASED_SCALES):
     """Both models of a checkpoint: (vae, var or None, ckpt), on the CPU, in evaluation mode.
 
     path: ckpt.pt or model.pt of train.py, or a released file. tokenizer: a second file, with the
-    tokenizer that a released transformer needs. scales: those of files that do not tell them. ckpt
-    always has 'sampling', the options for VAR.generate. Raises UserError where a file is of another
-    kind, or the two do not fit.
+    tokenizer that a released transformer needs. scales: sides of the token maps, for
+    files that do not have them. ckpt always has 'sampling', the options for VAR.generate. Raises
+    UserError where a file is of another kind, or the two do not fit.
     """
     ckpt = {'patch_nums': scales, 'sampling': RELEASED_SAMPLING, **read_checkpoint(path)}
     own = ckpt.get('vae')       # what a transformer was trained with; a released file has none
@@ -107,8 +107,8 @@ def make_models(config, given, classes, resumed=None):
 
     "Or new" is for a file without a transformer, as ckpt.pt is in stage 1.
     given: what the command line says; classes: names; resumed: what load() returned for ckpt.pt.
-    The values of `config` that the weights in a file tell are set to them. UserError if these are
-    other than those given, or where a file does not have what it should.
+    Values that the weights in a file fix (patch_nums, vocab_size, depth, ch) are set in `config`.
+    UserError if others were given, or where a file does not have what it should.
     """
     vae = var = None
     tokenizer = config.tokenizer
@@ -153,8 +153,8 @@ def class_indices(classes, known, num_classes):
     """The index in a transformer of each class of some data, or None where it does not know the
     class: a list.
 
-    known: the transformer's names of its num_classes classes. Without names, and for a single
-    class, which needs none, the order tells, if the data have as many.
+    known: the transformer's names of its num_classes classes. Without names, or for a single class,
+    class i of the data is class i of the transformer, if they have equally many.
     """
     if len(classes) == num_classes and (not known or num_classes == 1):
         if not known:
@@ -184,7 +184,7 @@ def rename_classes(var, known, classes):
 
 
 def write_state(state, step, modules, optimizer, scaler, path):
-    """Writes the state of a run before a step to path: ckpt.pt. modules: {name: module}."""
+    """Writes the state that a run has before `step` to path: ckpt.pt. modules: {name: module}."""
     for name, module in modules.items():
         state[name] = module.state_dict()
     state.update(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())

@@ -81,7 +81,7 @@ def cifar10(path):
         records = np.frombuffer(batches, np.uint8).reshape(-1, 3073)        # (60000, 3073)
         classes = files['batches.meta.txt'].decode().split()
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as e:
-        raise UserError(f'{path} is not the whole binary CIFAR-10 ({reason(e)}); fetch it again'
+        raise UserError(f'{path} is not the whole binary CIFAR-10 ({reason(e)}); delete it'
                         ) from e
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = records[:, 0].astype(np.int64)

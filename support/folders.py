@@ -42,7 +42,8 @@ def images_in(root, folder, others):
             for entry in os.scandir(root / place):
                 if is_image(entry.name):
                     names.append(os.fsencode(os.path.join(place, entry.name)))
-                elif entry.name[0] != '.' and os.path.isfile(entry.path):
+                elif (entry.name[0] != '.' and os.path.isfile(entry.path)
+                      and not entry.name.endswith('.txt')):     # words.txt and the like are read
                     others[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
     return np.array(sorted(names), dtype=np.bytes_)
 

@@ -1,5 +1,5 @@
-"""Options of the commands, and those of train.py as a table: a row an option, with its values by
-size."""
+"""The options of the commands. Those of train.py are a table: a row for each option, with its
+values for each size of images."""
 import argparse
 import math
 import os
@@ -141,8 +141,8 @@ class Config:
     classes: str = option('use the first N classes, or the classes a,b,c', default='')
     limit: int = option('use at most so many images per class; 0: all', a_count, default=0)
     seed: int = option('seed of everything random', a_seed, default=0)
-    init: str = option('a file of weights to start from, for fine-tuning: its transformer, and its '
-                       'tokenizer, with which stage 1 goes on after --tokenizer train',
+    init: str = option('a file of weights to start from, for fine-tuning; with --tokenizer train '
+                       'stage 1 goes on with its tokenizer',
                        os.path.expanduser, default='')
 
     # Stage 1. Values are those of the columns shapes, 32, 64 and 256 px.
@@ -167,7 +167,8 @@ class Config:
     perceptual: float = option(
         'weight of L_P in equation (5)', nonnegative, 0., 0., 0., 1.)
     adversarial: float = option(
-        'weight of L_G in equation (5), relative', nonnegative, 0., 0.5, 0.5, 0.5)
+        'weight of L_G in equation (5), relative to the gradient of the other losses',
+        nonnegative, 0., 0.5, 0.5, 0.5)
 
     # Stage 2.
     depth: int = option(
@@ -183,7 +184,7 @@ class Config:
     views: int = option(
         'stored crops per image: the centre, then random ones', at_least_1, 1, 1, 4, 2)
     flip: bool = option(
-        'mirror: at random in stage 1; in stage 2 every second view, so that --views is at least 2',
+        'mirror images: at random in stage 1, every second view in stage 2 (at least 2 views)',
         bool, False, False, True, True)
     sampling: dict = unlisted(                                  # options of VAR.generate
         dict(cfg=4., top_k=20, top_p=1.), dict(cfg=6., top_k=400, top_p=1.),

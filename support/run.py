@@ -27,7 +27,7 @@ def reason(e):
 
 def is_out_of_memory(e):
     """Whether an exception of CUDA or its libraries, of torch on the CPU or of numpy says so."""
-    signs = ('out of memory', 'alloc_failed', 'allocate memory', 'memoryerror')
+    signs = ('out of memory', 'alloc_failed', 'allocate memory', 'enough memory', 'memoryerror')
     text = f'{type(e).__name__} {e}'.lower()
     return any(sign in text for sign in signs)
 
@@ -269,7 +269,8 @@ def alone_in(folder):
         lock.execute('BEGIN EXCLUSIVE')
     except sqlite3.OperationalError as e:
         if 'locked' in str(e):
-            raise UserError(f'--out {folder}: another run is at work there: choose another') from e
+            raise UserError(f'--out {folder}: another run is at work there, or its disk has no '
+                            'locks: choose another') from e
         print(f'--out {folder}: no file can be locked there ({e}): start no second run in it')
     with closing(lock):
         yield

@@ -624,7 +624,7 @@ def test_edit_and_reject(trained, monkeypatch, tmp_path, capsys):
         return generate(*args, **options)
 
     monkeypatch.setattr(VAR, 'generate', noted)
-    assert go('--mask', 'mask.png', '--paste', '--cfg', 2, '--out', 'a.png') == 0
+    assert go('--mask', 'mask.png', '--paste', '--cls', 'cat', '--cfg', 2, '--out', 'a.png') == 0
     sheet = np.asarray(Image.open(tmp_path / 'a.png'))
     assert sheet.shape == (32, 34 * 4 - 2, 3)
     whole, masked, one = sheet[:, :32], sheet[:, 34:66], sheet[:, 68:100]
@@ -635,6 +635,8 @@ def test_edit_and_reject(trained, monkeypatch, tmp_path, capsys):
     tokens, keep = vae.encode(to_tensor(whole[None].copy())), kept.reshape(8, 4, 8, 4).all((1, 3))
     assert all(torch.equal(*pair) for pair in zip(asked[0]['given'], tokens))
     assert np.array_equal(asked[0]['keep'], keep) and asked[0]['cfg'] == 2
+    black, white = np.zeros((32, 32, 3), np.uint8), np.full((1, 32, 32, 3), 255, np.uint8)
+    assert (edit.paste(black, white, ~kept)[0][~kept] == 255).all()
     assert go('--box', '0,0,.5,.5', '--box', '.5,.5,1,1', '--cls', 'cat', '--outside') == 0
     for n in (2, 1000):
         layers = torch.nn.AvgPool2d(32), torch.nn.Flatten(), torch.nn.Linear(3, n)

@@ -83,7 +83,7 @@ def tokenize(vae, images, rows, config, name, views=1):
     folder, key = config.out / 'tokens', key_of_tokens(vae, images, views, config)
     files = {folder / f'{name}-{start}.npz': rows[start:start + PER_FILE]
              for start in range(0, len(rows), PER_FILE)}
-    began, mine = time.monotonic(), list(files)[rank::world]
+    began, made, mine = time.monotonic(), 0, list(files)[rank::world]
     for done, path in enumerate(mine, start=1):
         stored = read_tokens(path, key)
         missing = sorted({*files[path]} - {*(stored[1].tolist() if stored else [])})
@@ -97,7 +97,8 @@ def tokenize(vae, images, rows, config, name, views=1):
             order = found.argsort()
             arrays = dict(tokens=tokens[order], rows=found[order], key=key)
             write_file(path, lambda f: np.savez(f, **arrays))
-        left = (time.monotonic() - began) / done * (len(mine) - done)
+        made += 1
+        left = (time.monotonic() - began) / made * (len(mine) - done)
         tell(f'tokens of {name}: {done} of {len(mine)} files, {left:.0f} s left')
     wait_for_all()
     stored = [pair for pair in (read_tokens(path, key) for path in files) if pair]
