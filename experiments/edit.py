@@ -7,10 +7,10 @@
 The white part of the mask, or the inside of the boxes, is generated; the rest is kept. A mask is
 stretched over the whole photograph; where it is transparent, it marks nothing. Then both are
 cropped to the square in the middle, and a box is in fractions of this square. Without --cls the
-label is "no class", as in the paper's in- and out-painting. The sheet shows in each row the
-photograph, the part that is kept, and the results. The tokens that are kept are those of the whole
-photograph, so that the kept part shows the tokenizer's own errors; --paste puts the photograph's
-pixels back there.
+label is "no class", as in the paper's in- and out-painting, and --cfg has no effect. The sheet
+shows in each row the photograph, the part that is kept, and the results. The tokens that are kept
+are those of the whole photograph, so that the kept part shows the tokenizer's own errors; --paste
+puts the photograph's pixels back there.
 
 Letters: N images in all, H x W pixels, P side of the last token map, K scales, l tokens of one.
 """
