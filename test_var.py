@@ -466,7 +466,7 @@ def test_scale_of_attention_is_at_most_100():
 def test_label_dropout_and_stochastic_depth_belong_to_training(monkeypatch):
     _, var = models()
     seen = []
-    hook = var.class_emb.register_forward_pre_hook(lambda module, labels: seen.append(*labels))
+    hook = var.class_emb.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     var.train()(torch.zeros(500, dtype=torch.int64), torch.randn(500, 29, 8))
     hook.remove()
     assert (seen[0] == 5).float().mean().item() == pytest.approx(0.1, abs=0.05)

@@ -101,10 +101,10 @@ def main():
     vae, var, ckpt = load_both(device, args.ckpt, args.tokenizer)
     labels = labels_of(args, ckpt, var, [var.num_classes])                  # (N,), "no class"
     options = dict(ckpt['sampling'])
-    if args.cfg is not None:
-        options['cfg'] = args.cfg
     if not args.cls:
         options['cfg'] = 0.                     # "no class" is not guided by itself
+    elif args.cfg is not None:
+        options['cfg'] = args.cfg
     photo, mask = open_both(args.photo, args.mask, vae.image_size)
     new, pixels = new_positions(vae.patch_nums[-1], vae.image_size, args.box, mask,
                                 args.outside)

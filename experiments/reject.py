@@ -94,8 +94,8 @@ def main():
     if rank_and_world()[0] > 0:
         return
     images = frames[:, -1]                                                  # (N, H, W, 3)
-    print(f'drew {len(images) * args.rounds} images, kept {len(images)}; '
-          f'wrote {write_images(args, images, labels)}')
+    written = write_images(args, images, labels)
+    print(f'drew {len(images) * args.rounds} images, kept {len(images)}; wrote {written}')
 
 
 if __name__ == '__main__':

@@ -83,7 +83,8 @@ def tokenize(vae, images, rows, config, name, views=1):
     folder, key = config.out / 'tokens', key_of_tokens(vae, images, views, config)
     files = {folder / f'{name}-{start}.npz': rows[start:start + PER_FILE]
              for start in range(0, len(rows), PER_FILE)}
-    began, made, mine = time.monotonic(), 0, list(files)[rank::world]
+    mine = list(files)[rank::world]
+    began, made = time.monotonic(), 0           # files that were stored before take no time
     for done, path in enumerate(mine, start=1):
         stored = read_tokens(path, key)
         missing = sorted({*files[path]} - {*(stored[1].tolist() if stored else [])})
