@@ -5,13 +5,9 @@
     images = vae.decode(maps)       # Algorithm 2
 
 Paper (arXiv 2404.02905): Section 3.1, equations (2) to (5); Section 3.2, Algorithms 1 and 2.
-
-Where the text and the released weights differ, this file follows the weights:
-- The text has one convolution phi_k per scale; in the weights, K scales share four of them.
-- phi is a residual map: half its input, half a convolution of it.
-The code that trained the released tokenizer was never published. Here the codebook is an EMA of
-the vectors that are assigned to each code, it starts at zero, dead codes are restarted
-(Quantizer.update), and phi starts as the identity.
+Where paper and release differ, this file follows the release; README.md lists where. Forward and
+loss of the released tokenizer are published; its training loop, discriminator and the start of its
+codebook are not.
 
 Letters: B batch, H W image size, C channels, z code dimension, V codes, K scales, p side of the
 token map of one scale, P side of the last one and of the latent, l = p * p tokens of one scale,
@@ -71,7 +67,9 @@ class AttnBlock(nn.Module):
     """Self-attention with a single head over all positions.
 
     It makes every position depend on every other, in both directions. This is the paper's first
-    objection to raster order: (1) assumes that a token depends on earlier ones alone (Fig. 9).
+    objection to raster order (Fig. 9): the chain rule (1) holds in any order, but in raster order a
+    model has to guess early tokens that depend on later ones. A coarse map depends on all of f as
+    well; the finer maps then only refine what it says of the whole.
     """
 
     def __init__(self, c, norm):
@@ -147,31 +145,29 @@ def make_decoder(ch, ch_mult, z, blocks, norm):
 
 
 class Phi(nn.Conv2d):
-    """phi(h) = (1 - r) h + r conv(h) with r = 0.5, for h (B, z, P, P).
+    """phi(x) = 0.5 x + 0.5 conv(x), for x (B, z, P, P).
 
     Section 3.2: it repairs what a token map loses when it is enlarged. It starts as the identity.
     It is a convolution, and does not hold one, because of the released names.
     """
-    r = 0.5
 
     def __init__(self, z):
         super().__init__(z, z, 3, padding=1)
         nn.init.dirac_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, h):
-        return (1 - self.r) * h + self.r * super().forward(h)
+    def forward(self, x):
+        return 0.5 * x + 0.5 * super().forward(x)
 
 
 def choose_phi(K, count):
-    """Which of `count` shared phi serves each of K scales: a list of K indices.
+    """Which of `count` shared phi serves each of K scales: a list of K indices. For the release's
+    ten scales and four phi they are 0 0 1 1 1 2 2 3 3 3.
 
-    Scale k takes the phi whose tick is nearest to k / (K - 1). The ticks are evenly spaced from
-    1/12 to 11/12 for four phi, as in the release, and from 1/(2n) to 1 - 1/(2n) for another n.
-    For K = 10 and four phi the indices are 0 0 1 1 1 2 2 3 3 3: the ticks are 3/36, 13/36, 23/36
-    and 33/36, so that k = 2 (2/9) and k = 7 (7/9) lie exactly between two of them, and the rounding
-    of float64 decides. Another formula for the same ticks can decide otherwise, and would then
-    break the released weights.
+    Each phi has a tick, evenly spaced from 1/12 to 11/12 for four phi, and from 1/(2n) to
+    1 - 1/(2n) for another number n. Scale k takes the phi whose tick is nearest to k / (K - 1).
+    Above, k = 2 and k = 7 lie exactly between two ticks, and the rounding of float64 decides:
+    another formula for the same ticks could break the released weights.
     """
     edge = 1 / 12 if count == 4 else 1 / 2 / count
     ticks = np.linspace(edge, 1 - edge, count)
@@ -188,19 +184,24 @@ class Quantizer(nn.Module):
 
     wide_k are the codes of one token map, enlarged to (B, z, P, P). Algorithm 2 adds phi_k(wide_k)
     to f_hat, and Algorithm 1 subtracts it from f. Here both call `add_scale`: the residual of
-    Algorithm 1 is f - f_hat, with f_hat as Algorithm 2 has it so far. An example with z = 1, the
-    scales 1x1 and 2x2, and the codes -2, 0, 1, 3:
+    Algorithm 1 is f - f_hat, with f_hat as Algorithm 2 has it so far. An example with z = 1, a
+    codebook of the four numbers -2, 0, 1 and 3, the scales 1x1 and 2x2, and phi still the identity;
+    rows of a 2x2 latent are in brackets:
 
-        f             shrunk  code  f_hat    residual      codes    f_hat    residual
-        1.2  3.1      3       3     3  3     -1.8  0.1     -2  0    1  3      0.2  0.1
-        3.7  4.0                    3  3      0.7  1.0      1  1    4  4     -0.3  0.0
+        f                   [1.2  3.1] [3.7  4.0]   what is to be encoded
+        scale 1x1           its mean is 3.0, and the nearest code is 3
+        f_hat               [ 3    3 ] [ 3    3 ]   3, enlarged
+        residual f - f_hat  [-1.8 0.1] [0.7  1.0]
+        scale 2x2           the nearest codes are [-2 0] [1 1]
+        f_hat               [ 1    3 ] [ 4    4 ]   what the decoder gets
+        residual f - f_hat  [0.2  0.1] [-0.3 0.0]   what is lost
 
-    phi was the identity here. If phi makes 2.8 of the 3, the decoder sees 2.8, and the later scales
-    have to encode f - 2.8. If wide_k were subtracted instead, the residual would be f - 3, and no
-    later scale would see the 0.2 that the decoder lacks.
+    If phi makes 2.8 of the 3, the decoder sees 2.8, and the later scales have to encode f - 2.8. If
+    wide_k were subtracted instead, the residual would be f - 3, and no later scale would see the
+    0.2 that the decoder lacks.
 
     One codebook serves all scales, because all of them encode a part of the same f, and f_hat is
-    their sum. Shrinking by area takes the mean, which is the best single vector for a cell.
+    their sum. Shrinking by area takes the mean, which is nearest to a cell in mean square.
     Enlarging is bicubic, as in the release: smooth, where nearest neighbours would leave steps. As
     in the release, codes are compared and summed in float32, outside of autocast.
     """
@@ -213,23 +214,25 @@ class Quantizer(nn.Module):
         self.V = V
         self.embedding = nn.Embedding(V, z)
         self.embedding.requires_grad_(False)                # an EMA codebook: see update()
-        # All codes are 0 at first, so that f_hat stays 0 and every scale sees the shrunk f. The
-        # first update() replaces them: one by the mean of all vectors, the others by random
-        # vectors. From codes that are random themselves, training can collapse onto a few.
+        # All codes are 0 at first, so that f_hat stays 0 and every scale sees the shrunk f. All are
+        # then equally near, and nearest() takes code 0 for every vector: the first update() makes
+        # it their mean, and restarts the others, as dead ones, as random vectors. From codes that
+        # are random themselves, training can collapse onto a few.
         nn.init.zeros_(self.embedding.weight)
         phis = nn.ModuleList(Phi(z) for _ in range(phi_count))
         self.quant_resi = nn.ModuleDict({'qresi_ls': phis})
         self.phi_index = choose_phi(len(patch_nums), phi_count)
         # EMA of the share of all tokens that each scale and code have; its sum is 0 at first, and
-        # soon about 1.
+        # soon about 1. By scale, because the released buffer is; only its sum over them is used.
         self.register_buffer('ema_vocab_hit_SV', torch.zeros(len(patch_nums), V))
         # Buffers, so that they lie on the GPU and no training step waits for a copy.
         sizes = torch.tensor(patch_nums) ** 2
         self.register_buffer('sizes', sizes, persistent=False)                          # (K,)
         self.register_buffer('starts', sizes.cumsum(0) - sizes, persistent=False)       # (K,)
         self.register_buffer('scale_of_token', scale_of_token(patch_nums), persistent=False)
-        # Enlarging is linear: a product with the matrix that F.interpolate makes of unit vectors.
-        # On a GPU, F.interpolate is slow: one thread per pixel serves all images and channels.
+        # Enlarging is F.interpolate. It is linear, so that its results for unit vectors are the
+        # matrix of it, and a product with that matrix is faster: on a GPU, F.interpolate has one
+        # thread per pixel for all images and channels.
         matrices = [F.interpolate(torch.eye(p * p).unflatten(1, (1, p, p)), patch_nums[-1],
                                   mode='bicubic').flatten(1) for p in patch_nums]
         self.register_buffer('bicubic', torch.cat(matrices), persistent=False)  # (L, P * P)
@@ -321,10 +324,9 @@ class Quantizer(nn.Module):
             dist.all_reduce(n)
             dist.all_reduce(s)
 
-        # 3. EMA of counts and sums, both per token, so that the size of a batch does not matter.
-        #    A code e is the mean of the N vectors that are assigned to it, and their sum is e N, so
-        #    that only e and N have to be stored:
-        #    N' = d N + (1 - d) n,    e' = (d N e + (1 - d) s) / N'.
+        # 3. EMA with decay d of counts, N' = d N + (1 - d) n, and of sums, S' = d S + (1 - d) s; a
+        #    code is e = S / N. Only e and N are stored, since S is N e. Counts and sums are divided
+        #    by the number of tokens, so that the size of a batch does not matter.
         s = s / n.sum()
         n = n / n.sum()
         old_sum = hits.sum(0)[:, None] * codes                              # (V, z)
@@ -439,15 +441,15 @@ class VQVAE(nn.Module):
 
     def forward(self, images):
         """One training pass: images (B, 3, H, W) -> rebuilt (B, 3, H, W) and the quantizer loss, a
-        scalar. In training it also moves the codebook.
+        scalar. In training it also moves the codebook. Stage 2 never calls it.
 
-        The loss is || f - f_hat || of (5) as two mean squares: the first holds f constant, and the
-        second, with the release's weight 0.25, holds f_hat constant. Both are averaged over f_hat
-        after each of the scales: each phi has to bring f_hat close to f before finer scales come.
-        After the last scale alone, a coarse phi could leave its errors to the finer scales. The
-        first term trains phi alone (in the release the codebook, too, which here is an EMA), and no
-        other loss trains phi: the straight-through estimator below leads the gradients of the image
-        losses past f_hat, to f. The second, the commitment loss, pulls f towards every partial sum.
+        The loss is || f - f_hat || of (5), as two mean squares, averaged over f_hat after each of
+        the scales. After the last scale alone, a coarse phi could leave its errors to finer scales.
+            term                            constant    trains
+            mean square of f - f_hat        f           phi (in the release the codebook, too)
+            0.25 x the same: commitment     f_hat       the encoder; the weight is the release's
+            losses of the image             f_hat - f   the decoder, and by the straight-through
+                                                        estimator the encoder, but not phi
         """
         f = self.to_latent(images)                                          # (B, z, P, P)
         loss, tokens, vectors = 0., [], []
@@ -461,30 +463,3 @@ class VQVAE(nn.Module):
             self.quantize.update(torch.cat(tokens, dim=1), torch.cat(vectors, dim=1))
         # Straight-through estimator: the decoder sees f_hat, and its gradient passes on to f.
         return self.to_image(f + (f_hat - f).detach()), loss
-
-    @classmethod
-    def from_state_dict(cls, weights, patch_nums):
-        """The model whose sizes the shapes in a state dict show, with these weights.
-
-        Raises KeyError or RuntimeError if they are not those of a tokenizer.
-        """
-        ch = len(weights['encoder.conv_in.weight'])
-        V, z = weights['quantize.embedding.weight'].shape
-        phi_count = sum('qresi_ls' in name for name in weights) // 2
-        convs = [name for name in weights
-                 if name.startswith('encoder.down.') and name.endswith('.conv1.weight')]
-        # The first number in a name is the level, whose blocks have all the same width.
-        ch_mult = {name.split('.')[2]: len(weights[name]) // ch for name in convs}
-        vae = cls(patch_nums, V, z, ch, tuple(ch_mult.values()), phi_count,
-                  res_blocks=len(convs) // len(ch_mult),
-                  normalise='encoder.norm_out.weight' in weights)
-        # Usage that was never counted, or for another number of scales, becomes the same for all
-        # codes. A codebook that is all zeros has not been used yet.
-        hits = weights['quantize.ema_vocab_hit_SV']
-        is_used = weights['quantize.embedding.weight'].any()
-        if len(hits) != len(patch_nums) or (is_used and not hits.any()):
-            hits = torch.ones(len(patch_nums), V)
-        if hits.sum() > 2:                      # the release counts hits, not shares
-            hits = hits / hits.sum()
-        vae.load_state_dict({**weights, 'quantize.ema_vocab_hit_SV': hits})
-        return vae

@@ -3,31 +3,28 @@
     python train.py                                 # drawn shapes: minutes on a CPU
     python train.py --data cifar10                  # downloads CIFAR-10
     python train.py --depth 6 --data ./imagenet     # a folder of class folders, see README.md
-    python train.py --resume                        # continues from ckpt.pt
+    python train.py --resume                        # goes on with the run in this folder
     torchrun --nproc_per_node 8 -- train.py ...     # shares each batch among 8 processes
 
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
-Departures from the paper and the released recipe:
-- Stage 1 trains on the images of stage 2 (in the paper on OpenImages), and also has an L1 term. Its
-  L_P and L_G are those of support/losses.py: L_G starts half-way through stage 1, and is left out
-  for drawn shapes of 32 px. Below 256 px there is no L_P, and the tokenizer is smaller and has no
-  normalisation.
-- Stage 2 trains on stored tokens: of the centre crop, and of --views - 1 random crops. At 64 px and
-  more, images are also mirrored. An image that is smaller than --size is enlarged to --size (in the
-  release to 1.125 times --size).
-- The peak learning rate depends neither on the batch nor on the depth (in the release it is 1e-4
-  per 256 images, and 8e-5 from d24 up). The rate falls to 0.01 of the peak at every depth (in the
-  release to 0.1 for d16 and d20). AdamW's weight decay stays at 0.05 (0.08 at the end for d30 and
-  d36). Batches and the number of steps are smaller, and at 32 and 64 px the learning rates are
-  larger.
-- Small models are sampled with guidance 4 to 8 and top-k 10 to 400, without top-p.
-What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run that was
-killed and resumed therefore ends with the same bits as one that was not. Several processes train
-as one does, with three differences: each draws its own dropout, each computes lambda_G from its own
-part of the batch, and dead codes restart as vectors of the first one's part.
-Writes into --out: ckpt.pt, to resume from, about every minute; model.pt, the weights alone;
-log.csv, all figures; reconstructions.png and samples.png; tokens, a folder of stored tokens. What
-an earlier run left there, but for the pictures, is moved to previous-1.
+Where this differs from the paper and the released recipe is listed in README.md.
+
+A run is a folder, --out: ckpt.pt, written every five minutes, which sample.py reads and --resume
+goes on from; tokens.npz, all that stage 2 reads; log.csv, all figures; reconstructions.png and
+samples.png. What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run
+that was killed and resumed therefore ends with the same bits as one that was not. Several processes
+train as one does, with three differences: each draws its own dropout, each computes lambda_G from
+its own part of the batch, and dead codes restart as vectors of the first one's part.
+
+Without what a real run needs beside it, the loop of train_stage() is:
+
+    for step, batch in enumerate(stage.batches(0)):
+        set_learning_rate(optimizer, stage.lr * learning_rate(step, stage.steps))
+        loss, _ = stage(step, *batch)           # forward: (5), or the cross-entropy of (6)
+        loss.backward()
+        clip_grad_norm_(stage.parameters(), 2.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 Options are in support/options.py, and what is read and stored in support/.
 Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales.
@@ -36,30 +33,31 @@ import math
 import time
 from pathlib import Path
 
+import support                                  # before torch: see there
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoints import load, make_models, read_state, write_state
-from support.data import random_crops, read_data, step_rows
+from support.checkpoints import build, fetch, fill, read_checkpoint, read_file, start_from
+from support.data import read_data, read_tokens, spread, step_rows, tokenize
 from support.grade import grade_tokenizer, grade_transformer
-from support.images import batch_size, make_grid, save_image, to_tensor, to_uint8
-from support.losses import AdversarialLoss, perceptual_loss
-from support.options import BUILT_IN, make_config, parse
-from support.run import (UserError, add_up, alone_in, choose_precision, is_out_of_memory,
-                         move_aside, pick_device, precision, rank_and_world, run, seed_of, show,
-                         tell, try_compiler, write_file, write_log)
-from support.tokens import tokenize_both
+from support.images import (batch_size, crop, make_grid, read_images, save_image, store_images,
+                            to_tensor, to_uint8)
+from support.losses import VGG, AdversarialLoss, PerceptualLoss
+from support.options import make_config, parse, resume_config, saved
+from support.run import (UserError, agree, all_reduce, choose_precision, mend_log,
+                         pick_device, precision, rank_and_world, run, seed_of, show, tell,
+                         use_compiler, wait_for_all, write_file, write_log)
 
-SAVE_EVERY = 60         # seconds from one checkpoint to the next, at least
-SAVING = 0.02           # share of the time that saving may take: slow disks save less often
+SAVE_EVERY = 300        # seconds from one ckpt.pt to the next
+GRADED = 1000           # validation images, at most
 
 # ---- The two stages: what is trained, on what, and by which loss ----
 
 
 class TokenizerStage(nn.Module):
-    """Stage 1 of Fig. 4: the VQVAE, by equation (5). train and val: ImageSets."""
+    """Stage 1 of Fig. 4: the VQVAE, by equation (5). train, val: lists of uint8 (h, w, 3)."""
     name, number = 'tokenizer', 1       # in the log, and in the seed of a step
     adversarial_from = 0.5              # the second half of the steps has L_G, too
 
@@ -67,12 +65,9 @@ class TokenizerStage(nn.Module):
         super().__init__()
         self.config, self.vae, self.train_set, self.val_set = config, vae, train, val
         self.steps = config.tokenizer_steps
-        self.batch = config.tokenizer_batch
+        self.batch = self.micro_batch = config.tokenizer_batch  # lambda_G is that of a whole batch
         self.lr = config.tokenizer_lr
-        self.micro_batch = self.batch           # lambda_G compares gradients of a whole batch
-        self.can_halve = False
-        self.images = len(train)
-        self.perceptual = perceptual_loss() if config.perceptual else None
+        self.perceptual = PerceptualLoss(read_file(fetch(*VGG))) if config.perceptual else None
         self.adversarial = None
         if config.adversarial:
             torch.manual_seed(seed_of(config.seed, self.number))    # its weights depend on it alone
@@ -84,9 +79,18 @@ class TokenizerStage(nn.Module):
         return {name: module for name, module in modules.items() if module is not None}
 
     def batches(self, start):
-        """For each step from start: the tensors of this process, on the CPU."""
-        for images in random_crops(self.train_set, self.config, self.batch, start, self.steps):
-            yield [images]
+        """For each step from start: the tensors of this process, on the CPU. Crops are random, and
+        with --flip so is whether they are mirrored."""
+        config = self.config
+        n = len(self.train_set)
+        for step, rows in step_rows(n, self.batch, config.seed, start, self.steps):
+            rng = np.random.default_rng((config.seed, self.number, step))
+            spots, mirrored = rng.random((self.batch, 2)), rng.random(self.batch) < 0.5
+            crops = []
+            for i in range(*part_of(self.batch)):
+                pixels = crop(self.train_set[rows[i]], config.size, spots[i])
+                crops.append(pixels[:, ::-1] if config.flip and mirrored[i] else pixels)
+            yield [torch.from_numpy(np.stack(crops))]                       # (B, H, W, 3)
 
     def forward(self, step, images):
         """uint8 (B, H, W, 3) -> the loss (5), a scalar, and figures to show."""
@@ -108,42 +112,38 @@ class TokenizerStage(nn.Module):
         return loss, figures
 
     @torch.no_grad()
-    def evaluate(self, step):
+    def evaluate(self):
         """Figures of validation images. Writes reconstructions.png: eight images (fewer above 256
         px), and below each its reconstructions from the first, the first two, ... and all scales.
         """
-        vae, config = self.vae, self.config
-        few, _ = self.val_set.some(min(8, batch_size(config.size)))         # (n, H, W, 3)
-        scales = vae.decode_scales(vae.encode(to_tensor(few.to(config.device))))
-        rows = [few.numpy(), *(to_uint8(x) for x in scales)]                # (n, H, W, 3) each
-        save_image(config.out / 'reconstructions.png', [make_grid(rows)])
-        n = 1000 if config.size <= 64 else 200
-        return grade_tokenizer(vae, self.val_set, n, config.device, config.workers)[0]
+        vae, config, N = self.vae, self.config, len(self.val_set)
+        few = spread(N, min(8, batch_size(config.size)))
+        images = np.stack([crop(self.val_set[row], config.size) for row in few])    # (n, H, W, 3)
+        x = to_tensor(torch.from_numpy(images).to(config.device))           # (n, 3, H, W)
+        rows = [images, *(to_uint8(x_k) for x_k in vae.decode_scales(vae.encode(x)))]
+        save_image(config.out / 'reconstructions.png', make_grid(rows))
+        graded = spread(N, GRADED if config.size <= 64 else 200)
+        return grade_tokenizer(vae, [[(row, self.val_set[row]) for row in graded]],
+                               config.device)[0]
 
 
 class TransformerStage(nn.Module):
     """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales, which is
     -log p of equation (6) per token.
 
-    train and val: stored tokens (N, views, L) and labels (N,), as tokenize() returns them.
+    train and val: stored tokens uint16 (N, views, L) and labels int64 (N,).
     """
     name, number = 'transformer', 2
 
     def __init__(self, config, vae, var, train, val):
         super().__init__()
-        self.config, self.vae, self.var = config, vae, var
+        # Without gradients, the tokenizer is no part of the optimizer.
+        self.config, self.vae, self.var = config, vae.eval().requires_grad_(False), var
         self.train_set, self.val_set = train, val
         self.steps = config.steps
         self.batch = config.batch
+        self.micro_batch = config.micro_batch
         self.lr = config.lr
-        self.images, views, _ = train[0].shape
-        self.rows = self.images * views
-        # A GPU starts with the whole part of this process: gradients() halves it where memory ends.
-        # On a CPU the system would end the process, so that large images go eight at a time.
-        part = config.batch // rank_and_world()[1]
-        most = 8 if config.device.type == 'cpu' and config.size > 64 else part
-        self.micro_batch = min(config.micro_batch or most, part)
-        self.can_halve = True
 
     def learned(self):
         return {'var': self.var}
@@ -152,13 +152,15 @@ class TransformerStage(nn.Module):
         """Tokens (n, L) int64 and labels (n,) of these rows. Row i of a stored set is view
         i % views of image i // views."""
         stored, labels = stored_set
-        views = stored.shape[1]
-        tokens = stored.reshape(-1, stored.shape[2])[rows].astype(np.int64)
-        return torch.from_numpy(tokens), torch.from_numpy(labels[np.array(rows) // views])
+        rows, views = np.asarray(rows), stored.shape[1]
+        tokens = stored[rows // views, rows % views].astype(np.int64)
+        return torch.from_numpy(tokens), torch.from_numpy(labels[rows // views])
 
     def batches(self, start):
-        for pairs in step_rows(self.rows, self.batch, self.config.seed, start, self.steps):
-            yield self.fetch_rows(self.train_set, [row for row, _ in pairs])
+        stored, _ = self.train_set
+        n = stored.shape[0] * stored.shape[1]
+        for _, rows in step_rows(n, self.batch, self.config.seed, start, self.steps):
+            yield self.fetch_rows(self.train_set, rows[slice(*part_of(self.batch))])
 
     def forward(self, step, tokens, labels):
         """tokens (B, L), labels (B,) -> the loss in nats per token, a scalar, and figures."""
@@ -168,7 +170,7 @@ class TransformerStage(nn.Module):
         return loss, {'error': error}
 
     @torch.no_grad()
-    def evaluate(self, step):
+    def evaluate(self):
         """Loss and token error of validation images. Writes samples.png: eight samples of each of
         the first ten classes, two above 128 px."""
         config, rows = self.config, []
@@ -176,7 +178,7 @@ class TransformerStage(nn.Module):
         for label in range(min(10, self.var.num_classes)):
             maps = self.var.generate(self.vae, [label] * n, seed=label, **config.sampling)
             rows.append(to_uint8(self.vae.decode(maps)))                    # (n, H, W, 3)
-        save_image(config.out / 'samples.png', [make_grid(rows)])
+        save_image(config.out / 'samples.png', make_grid(rows))
         tokens, labels = self.fetch_rows(self.val_set, range(len(self.val_set[0])))
         return grade_transformer(self.vae, self.var, tokens, labels, config.device)
 
@@ -209,90 +211,90 @@ def make_optimizer(stage):
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=True)
 
 
+def part_of(batch):
+    """Where this process's part of a batch begins and ends."""
+    rank, world = rank_and_world()
+    return rank * batch // world, (rank + 1) * batch // world
+
+
 def gradients(stage, step, batch, scaler):
     """The gradients of this process's part of a batch, by micro-batches. Returns its part of the
-    mean loss, and figures of the last micro-batch, as scalars on the device.
-
-    Where a pass of stage 2 runs out of GPU memory, the micro-batches are halved and the step starts
-    over, with the same random numbers: no weight has changed yet.
-    """
+    mean loss, and figures of the last micro-batch, as scalars on the device."""
     config, rank = stage.config, rank_and_world()[0]
-    while True:
-        torch.manual_seed(seed_of(config.seed, stage.number, step, rank))
-        stage.zero_grad()
-        total = 0.
-        try:
-            for start in range(0, len(batch[0]), stage.micro_batch):
-                part = [x[start:start + stage.micro_batch] for x in batch]
-                with precision(config.device, config.precision):
-                    loss, figures = stage(step, *part)
-                # The parts add up to the mean over the batch of all processes.
-                loss = loss * len(part[0]) / stage.batch
-                scaler.scale(loss).backward()
-                total = total + loss.detach()
-            return {'loss': total, **figures}
-        except RuntimeError as e:
-            if not is_out_of_memory(e) or not stage.can_halve or stage.micro_batch == 1:
-                raise
-        loss = None                             # frees the pass that failed
-        stage.micro_batch = math.ceil(stage.micro_batch / 2)
-        print(f'out of GPU memory: {stage.micro_batch} images per pass', flush=True)
+    torch.manual_seed(seed_of(config.seed, stage.number, step, rank))
+    stage.zero_grad()
+    total = 0.
+    for start in range(0, len(batch[0]), stage.micro_batch):
+        part = [x[start:start + stage.micro_batch] for x in batch]
+        with precision(config.device, config.precision):
+            loss, figures = stage(step, *part)
+        # The parts add up to the mean over the batch of all processes.
+        loss = loss * len(part[0]) / stage.batch
+        scaler.scale(loss).backward()
+        total = total + loss.detach()
+    return {'loss': total, **figures}
+
+
+def evaluate(stage, step):
+    """Evaluates a stage, in the first process alone."""
+    config = stage.config
+    # Blocks that were compiled for training would be compiled anew for the shapes of sampling.
+    with precision(config.device, config.precision), torch.compiler.set_stance('force_eager'):
+        graded = stage.eval().evaluate()
+    stage.train()                               # label dropout and stochastic depth are on again
+    write_log(config.out / 'log.csv', stage.name, step, graded)
+    show(f'{stage.name} {step}', graded)
 
 
 def train_stage(stage, state):
     """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step, show.
 
-    state: what ckpt.pt holds. UserError where the loss is no longer finite: ckpt.pt is then the
-    last good one.
+    state: what ckpt.pt holds, kept up to date. UserError where the loss is no longer finite:
+    ckpt.pt is then the last good one.
     """
     config, device, rank = stage.config, stage.config.device, rank_and_world()[0]
+    stage.to(device).train()
     optimizer = make_optimizer(stage)
     # In float16 the loss is scaled, so that small gradients do not vanish. A step whose gradients
     # are not finite is left out, and the scale is halved.
     in_float16 = choose_precision(device, config.precision) == 'float16'
     scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
     if state['optimizer']:
-        read_state(state, stage.learned(), optimizer, scaler)
-        state['optimizer'] = None               # frees its memory
-    weights = [p for group in optimizer.param_groups for p in group['params']]
-    evaluate_every = max(1, stage.steps // 5)
-    show_every = max(1, min(50, stage.steps // 20))
+        for name, module in stage.learned().items():
+            fill(module, state[name], 'ckpt.pt')
+        optimizer.load_state_dict(state['optimizer'])
+        if state['scaler']:                                     # the precision can have changed
+            scaler.load_state_dict(state['scaler'])
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    weights = sum(p.numel() for p in parameters) / 1e6
+    tell(f'{stage.name}: {weights:.1f} M weights, {stage.steps} steps of {stage.batch} images, '
+         f'learning rate {stage.lr:g}')
 
-    def check(figures):
-        """UserError if loss or gradient is not finite; in float16 only once the scale is down to 1,
-        because a smaller one may help. Waits for a GPU."""
+    def check():
+        """Ends the run if the last step was not finite; in float16 only once the scale is down to
+        1, because a smaller one may help. Waits for a GPU."""
         finite = math.isfinite(figures['loss'] + figures['gradient norm'])
         if not finite and scaler.get_scale() <= 1:
-            raise UserError(f'the loss of the {stage.name} is no longer finite: --resume with a '
-                            'smaller --lr or --tokenizer-lr, or with --precision float32')
-
-    def evaluate(step):
-        # Blocks that --compile made for training would be compiled anew for the shapes of sampling.
-        with precision(device, config.precision), torch.compiler.set_stance('force_eager'):
-            graded = stage.eval().evaluate(step)
-        stage.train()                                           # dropout is on again
-        write_log(config.out / 'log.csv', stage.name, step, graded)
-        show(f'{stage.name} {step}', graded)
+            raise UserError('the loss is no longer finite: --resume with a smaller --lr or '
+                            '--tokenizer-lr, or with --precision float32')
 
     def save(step):
-        """Writes ckpt.pt. Returns when to do it again."""
-        began = time.monotonic()
-        write_state(state, step, stage.learned(), optimizer, scaler, config.out / 'ckpt.pt')
-        ended = time.monotonic()
-        return ended + max(SAVE_EVERY, (ended - began) / SAVING)
+        modules = {name: module.state_dict() for name, module in stage.learned().items()}
+        state.update(modules, step=step, optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict())
+        write_state(state, config)
 
-    start = state['step']
-    began = time.monotonic()
-    next_save = began + SAVE_EVERY
-    batches = stage.train().batches(start)
+    start, began = state['step'], time.monotonic()
+    saved_at, batches = began, stage.batches(start)
     for step in range(start, stage.steps):
         # Evaluate and save. One process does, and the others wait for its next step.
         if rank == 0 and step > start:
-            if step % evaluate_every == 0:
-                evaluate(step)
-            if time.monotonic() > next_save:
-                check(figures)
-                next_save = save(step)
+            if step % max(1, stage.steps // 5) == 0:
+                evaluate(stage, step)
+            if time.monotonic() > saved_at + SAVE_EVERY:
+                check()
+                save(step)
+                saved_at = time.monotonic()
 
         # Step: gradients of all processes, clipping, AdamW. Nothing here waits for a GPU.
         for group in optimizer.param_groups:
@@ -302,18 +304,17 @@ def train_stage(stage, state):
             batch = [x.pin_memory() for x in batch]
         batch = [x.to(device, non_blocking=True) for x in batch]
         figures = gradients(stage, step, batch, scaler)
-        learning = [p for p in weights if p.grad is not None]   # not L_G's before it starts
-        add_up([p.grad for p in learning])
+        learning = [p for p in parameters if p.grad is not None]    # not L_G's before it starts
+        all_reduce([p.grad for p in learning])
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(learning, 2.0)    # as in the release
-        figures['gradient norm'] = norm
+        figures['gradient norm'] = nn.utils.clip_grad_norm_(learning, 2.0)  # as in the release
         scaler.step(optimizer)
         scaler.update()
 
         # Show. Between evaluations and checkpoints, a single process waits for the GPU only here.
-        if step % show_every == 0:
-            check(figures)
-            add_up([figures['loss']])
+        if step % max(1, min(50, stage.steps // 20)) == 0:
+            check()
+            all_reduce([figures['loss']])
             seconds = (time.monotonic() - began) / (step + 1 - start)   # per step, all included
             shown = {name: float(value) for name, value in figures.items()}
             shown['learning rate'] = optimizer.param_groups[0]['lr']
@@ -322,114 +323,121 @@ def train_stage(stage, state):
                 write_log(config.out / 'log.csv', stage.name, step,
                           {f'train {name}': value for name, value in shown.items()})
                 show(f'{stage.name} {step}/{stage.steps}', shown,
-                     f'{(stage.steps - step) * seconds / 60:.0f} min left')
+                     more=f'{(stage.steps - step) * seconds / 60:.0f} min left')
+    if start < stage.steps:
+        check()
     if rank == 0:
-        if start < stage.steps:
-            check(figures)
-        evaluate(stage.steps)
-        save(stage.steps)
+        evaluate(stage, stage.steps)
+    save(stage.steps)
 
 
 # ---- The command ----
 
 
-def describe(stage, model):
-    """Prints the plan of a stage."""
-    weights = sum(p.numel() for p in model.parameters()) / 1e6
-    times = stage.steps * stage.batch / stage.images
-    tell(f'{stage.name}: {weights:.1f} M weights, {stage.steps} steps of {stage.batch}, each of '
-         f'{stage.images} images {times:.3g} times, learning rate {stage.lr:g}')
+def write_state(state, config):
+    """Writes ckpt.pt, in the first process: state, and the settings of the run."""
+    if rank_and_world()[0] == 0:
+        whole = {**state, 'config': saved(config)}
+        write_file(config.out / 'ckpt.pt', lambda f: torch.save(whole, f))
 
 
-def read_resumed(given):
-    """What load() returns for the ckpt.pt that --resume continues. UserError if it is not that of a
-    run, or if options ask for other models."""
-    path = given.get('out', Path()) / 'ckpt.pt'
-    resumed = load(path)
-    if not {'config', 'classes', 'optimizer'} <= {*resumed[2]}:
-        raise UserError(f'{path} is no ckpt.pt of a training run: nothing to resume')
-    if {'init', 'tokenizer'} & {*given}:
-        raise UserError(f'--resume goes on with the models of {path}: leave out --init and '
-                        '--tokenizer')
-    return resumed
+def begin(given, path):
+    """A new run in path, ckpt.pt: (config, data, vae, var, state). UserError if one is there."""
+    config = make_config(given)
+    data = read_data(config)
+    if 'steps' not in given:                    # each image at most 300 times
+        config.steps = min(config.steps, 300 * len(data.train[1]) // config.batch)
+    vae, var = start_from(config, given, data.classes)
+    if vae.image_size != config.size:
+        raise UserError(f'--size {config.size}: with the scales {vae.patch_nums} the tokenizer '
+                        f'makes images of {vae.image_size} px')
+    if rank_and_world()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Of two runs that begin at once, the second finds the file of the first. An empty file
+            # is of a run that was killed right here, and --resume begins it.
+            path.open('ab' if given.get('resume') else 'xb').close()
+        except FileExistsError as e:
+            raise UserError(f'{path} is there: --resume goes on with that run; or choose another '
+                            '--out, or move it away') from e
+    state = dict(classes=data.classes, counts=data.counts, stage='tokenizer', step=0,
+                 optimizer=None, vae=vae.state_dict(), var=var.state_dict())
+    write_state(state, config)
+    return config, data, vae, var, state
 
 
-def prepare():
-    """The command line, the data and the models of a run: config; training and validation set; both
-    models, on the device; and the state that ckpt.pt holds."""
-    given = parse(__doc__)
-    given['device'] = pick_device(given.get('device'))          # joins the other processes as well
-    if given.get('compile'):
-        try_compiler(given['device'])
-    resumed = read_resumed(given) if given.get('resume') else None
-    config = make_config(given, resumed and resumed[2]['config'])
-    data, out = Path(config.data).resolve(), config.out.resolve()
-    if config.data not in BUILT_IN and data in (out, *out.parents):
-        raise UserError(f'--out {config.out} lies in --data {config.data}: --resume would train on '
-                        'the pictures that are written there')
-    train, val, classes, words = read_data(config)
-    if resumed:
-        before = resumed[2]['classes']
-        if before != classes:
-            changed = sorted({*before} ^ {*classes}) or ['their order']
-            raise UserError(f'--data {config.data}: its classes have changed since this run began: '
-                            f'{", ".join(changed[:5])}')
-    vae, var = make_models(config, given, classes, resumed)
-    if resumed:
-        state = resumed[2]
-    else:
-        if 'steps' not in given:                # each image at most 300 times
-            config.steps = min(config.steps, 300 * len(train) // config.batch)
-        state = dict(classes=classes, words=words, patch_nums=vae.patch_nums,
-                     sampling=config.sampling, step=0, optimizer=None,
-                     stage='tokenizer' if config.tokenizer == 'train' else 'transformer')
-        if config.init:
-            state['var'] = var.state_dict()     # a run that is resumed does not read --init again
-    state['config'] = config.settings()
-    tell(f'{len(train)} + {len(val)} images of {config.size} px in {len(classes)} classes; scales '
-         f'{config.patch_nums}; {rank_and_world()[1]} x {config.device}, '
-         f'{choose_precision(config.device, config.precision)}')
-    return config, train, val, vae.to(config.device), var.to(config.device), state
-
-
-def train_both(config, train, val, vae, var, state):
-    """Stage 1, the tokens, stage 2, and model.pt. A run that is killed goes on where it was."""
-    rank, _ = rank_and_world()
+def go_on(given, path):
+    """The run in path, ckpt.pt: (config, data, vae, var, state). Data is None in stage 2, which
+    reads tokens.npz alone."""
+    state, data = read_checkpoint(path), None
+    if 'optimizer' not in state:
+        raise UserError(f'{path} is not of train.py: --init starts from its weights')
+    config = resume_config(given, state)
+    mend_log(config.out / 'log.csv')
     if state['stage'] == 'tokenizer':
-        stage = TokenizerStage(config, vae, train, val).to(config.device)
-        describe(stage, vae)
-        train_stage(stage, state)
-        state.pop('adversarial', None)
-        state.update(stage='transformer', step=0, optimizer=None)
-        vae.zero_grad()                         # frees the gradients
-    vae.eval().requires_grad_(False)            # stage 2 leaves it as it is
-    state['vae'] = vae.state_dict()
-    if rank == 0 and not state['optimizer']:    # --resume is not to repeat stage 1
-        write_file(config.out / 'ckpt.pt', lambda f: torch.save(state, f))
+        data = read_data(config)
+        if [data.classes, data.counts] != [state['classes'], state['counts']]:
+            raise UserError(f'--data {config.data}: its classes or its number of images have '
+                            'changed since this run began')
+    vae, var = build(config, state['classes'])
+    fill(vae, state['vae'], path)
+    fill(var, state['var'], path)
+    return config, data, vae, var, state
 
-    stored, stored_val = tokenize_both(vae, train, val, config)
-    unread = sorted({*train.labels.tolist()} - {*stored[1].tolist()})
-    if unread:
-        raise UserError(f'no training image of class {state["classes"][unread[0]]} can be read')
-    if config.compile:
-        for block in var.blocks:
-            block.compile()
-    stage = TransformerStage(config, vae, var, stored, stored_val)
-    describe(stage, var)
-    train_stage(stage, state)
+
+def train_tokenizer(config, data, vae, state):
+    """Stage 1, if there is one, and then the tokens of all images: writes tokens.npz."""
+    side, (rank, world) = round(config.zoom * config.size), rank_and_world()
+    items, labels = data.val
+    graded = spread(len(items), GRADED)
+    sets = {'train': data.train, 'val': ([items[row] for row in graded], labels[graded])}
+    if config.tokenizer == 'train':
+        gigabytes = 4e-9 * len(data.train[1]) * side ** 2
+        tell(f'the images are read once, into about {gigabytes:.2g} GB in {config.out}')
+        sets = {name: store_images(*pair, side, config.out, name) for name, pair in sets.items()}
+        train_stage(TokenizerStage(config, vae, sets['train'][0], sets['val'][0]), state)
+    vae.to(config.device).eval()
+    arrays = {}
+    for name, (images, labels) in sets.items():
+        chunks = read_images(images, range(rank, len(images), world), side, 'images tokenized')
+        # With --flip every second view is mirrored, so that there are at least two.
+        views = max(config.views, 1 + config.flip) if name == 'train' else 1
+        found = tokenize(vae, chunks, config, views)
+        if rank == 0:
+            arrays[name], rows = found
+            arrays[f'{name}_labels'] = labels[rows]
     if rank == 0:
-        names = ('config', 'classes', 'words', 'patch_nums', 'sampling', 'vae', 'var')
-        final = {name: state[name] for name in names}
-        write_file(config.out / 'model.pt', lambda f: torch.save(final, f))
-        tell(f'wrote {config.out / "model.pt"}, the weights alone, and samples.png')
+        write_file(config.out / 'tokens.npz', lambda f: np.savez(f, **arrays))
 
 
 def main():
-    config, *rest = prepare()
-    with alone_in(config.out):
-        if rank_and_world()[0] == 0 and not config.resume:
-            move_aside(config.out, ('ckpt.pt', 'model.pt', 'log.csv', 'tokens'))
-        train_both(config, *rest)
+    given = parse(__doc__)
+    device = pick_device(given.get('device'))   # joins the other processes as well
+    path = given.get('out', Path()) / 'ckpt.pt'
+    starts = begin
+    if given.get('resume'):
+        if path.exists() and path.stat().st_size > 0:
+            starts = go_on
+        else:
+            tell(f'{path} is not there, or empty: a new run begins')
+    config, data, vae, var, state = starts(given, path)
+    config.device = device
+    tell(f'scales {config.patch_nums}; {rank_and_world()[1]} x {device}, '
+         f'{choose_precision(device, config.precision)}')
+
+    if state['stage'] == 'tokenizer':
+        train_tokenizer(config, data, vae, state)
+        state.pop('adversarial', None)
+        state.update(stage='transformer', step=0, optimizer=None)
+        write_state(state, config)
+    wait_for_all()                              # for tokens.npz
+    train, val = read_tokens(config.out)
+    agree(len(train[0]), 'number of images in tokens.npz')
+    if use_compiler(config):
+        for block in var.blocks:
+            block.compile()
+    train_stage(TransformerStage(config, vae, var, train, val), state)
+    tell(f'wrote {path} and samples.png')
 
 
 if __name__ == '__main__':

@@ -8,36 +8,29 @@
 
 The method (Fig. 4) for the scales 1, 2, 4, 8, with 1 + 4 + 16 + 64 = 85 tokens; read upwards:
 
-    tokens r_k      (B, 1)       (B, 4)        (B, 16)       (B, 64)
-                      ^            ^             ^             ^
-    logits          (B, 1, V)    (B, 4, V)     (B, 16, V)    (B, 64, V)     head: w -> V
-                      ^            ^             ^             ^
+    tokens r_k      (B, 1) --+   (B, 4) --+    (B, 16) --+   (B, 64)
+                      ^      |     ^      |      ^       |     ^
+    logits          (B, 1, V)|   (B, 4, V)|    (B, 16, V)|   (B, 64, V)     head: w -> V
+                      ^      |     ^      |      ^       |     ^
     transformer     a column sees itself and all columns to its left        d blocks of width w
-                      ^            ^             ^             ^
-    input           [s]          (B, 4, z)     (B, 16, z)    (B, 64, z)     word_embed, positions
-                                   ^             ^             ^            shrink
-    f_hat so far    0            r_0           r_0, r_1      r_0, r_1, r_2  (B, z, 8, 8), add_scale
+                      ^      |     ^      |      ^       |     ^
+    input           [s]      |   (B, 4, z)|    (B, 16, z)|   (B, 64, z)     word_embed, positions
+                             |     ^      |      ^       |     ^            shrink
+    f_hat so far    0        +-> r_0      +->  r_0, r_1  +-> r_0, r_1, r_2  (B, z, 8, 8), add_scale
 
-The row of f_hat names the tokens that are added up in it (Algorithm 2). In training they are those
-of a real image, and one pass computes all columns. In sampling they are the model's own, and each
-column takes a pass, from left to right; f_hat of all four then goes through the decoder.
+The row of f_hat names the tokens that are added up in it (Algorithm 2): those of a column go into
+the next one's. In training they are those of a real image, and one pass computes all columns. In
+sampling they are the model's own, and each column takes a pass, from left to right; f_hat of all
+four then goes through the decoder.
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
-Section 6 for editing. Where paper and release differ, this file follows the release:
-- Guidance is 2.0 in Table 3, which does not say in which convention, and 1.5 in the release; top-k
-  is 600 and 900. The release writes (1 + t) c - t u, for logits c with the class and u without, and
-  t grows linearly over the scales, from 0 to the option cfg: 0, 0.17, 0.33, ... 1.5 for ten scales.
-  A likely reason: coarse scales, which settle what the image is about, keep their variety.
-  Elsewhere guidance is often written u + s (c - u): there s is 1 + t, so that 1.5 is s = 2.5.
-- Queries and keys of "unit length" come with a learned scale per head.
-- The "drop rate" of (7) is stochastic depth, linear from 0 in the first block to 0.1 d / 24.
-Two things differ from the release. Its "more smooth" sampling, for pictures to look at, is left
-out. And if several codes share the k-th largest logit, top-k here keeps k codes in all, and the
-release keeps each of them.
+Section 6 for editing. Where paper and release differ, this file follows the release; README.md
+lists where.
 
-Letters: B batch, K scales, p side of the token map of one scale, l = p * p its tokens, P side of
-the last map, L tokens of all scales, m tokens in the cache, w width, d depth, h heads, V codes,
-z code dimension. k is one of the scales, from 0, where the paper counts from 1.
+Letters: B batch, K scales, p side of the token map of one scale, P that of the last one, l = p * p
+tokens of one scale (in training a block gets those of all scales at once), L tokens of all, m of
+those in the cache, w width, d depth, h heads, V codes, z code dimension. k is one of the scales,
+from 0, where the paper counts from 1.
 Parameters have the names of the released files, so that weights load in both directions:
     word_embed              z -> w, for the input of all scales but the first
     pos_start               added to the class embedding, which is the input of the first scale
@@ -161,11 +154,11 @@ class Block(nn.Module):
     def forward(self, x, modulation, mask, cache=None):
         """x (B, l, w), modulation: six vectors (B, 1, w), mask and cache as in Attention."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        h = layer_norm(x) * (1 + scale1) + shift1                           # (B, l, w)
-        x = x + self.attn(h, mask, cache) * self.drop_path(gamma1)          # (B, l, w)
-        h = layer_norm(x) * (1 + scale2) + shift2                           # (B, l, w)
-        h = F.gelu(self.ffn['fc1'](h), approximate='tanh')                  # (B, l, 4w)
-        return x + self.ffn['fc2'](h) * self.drop_path(gamma2)              # (B, l, w)
+        y = layer_norm(x) * (1 + scale1) + shift1                           # (B, l, w)
+        x = x + self.attn(y, mask, cache) * self.drop_path(gamma1)          # (B, l, w)
+        y = layer_norm(x) * (1 + scale2) + shift2                           # (B, l, w)
+        y = F.gelu(self.ffn['fc1'](y), approximate='tanh')                  # (B, l, 4w)
+        return x + self.ffn['fc2'](y) * self.drop_path(gamma2)              # (B, l, w)
 
 
 class VAR(nn.Module):
@@ -300,13 +293,15 @@ class VAR(nn.Module):
         to P, there are 1 + log_a P passes (appendix).
 
         vae: a VQVAE, of which the quantizer is used. labels: (B,) class indices; num_classes for
-        "no class". cfg: guidance of the last scale. top_k, top_p: see filter_logits. given, keep:
-        zero-shot editing (Section 6): K token maps (B, l) or (1, l), and a mask (P, P), 1 where
-        they are kept.
-        Tokens are kept, not pixels: the kept part is what the tokenizer makes of it.
-        Returns K token maps (B, l), for VQVAE.decode.
-        The same seed, an int, draws the same tokens on the same kind of device. Only the copies of
-        labels and keep to a GPU wait for it.
+        "no class". cfg: guidance of the last scale, for logits c with the class and u without
+        (1 + t) c - t u, where t grows from 0 at the first scale to cfg: coarse scales, which settle
+        what the image is about, keep their variety. Elsewhere guidance is often s = 1 + t. top_k,
+        top_p: see filter_logits. given, keep: zero-shot editing (Section 6): K token maps (B, l) or
+        (1, l), and K masks (l,), bool, that say which of their tokens are kept.
+        Returns K token maps (B, l), for VQVAE.decode. If the model has overflown, which float16
+        can bring about, the tokens of the last one are -1.
+        The same seed, an int, draws the same tokens on the same kind of device. Only the copy of
+        labels to a GPU waits for it.
         """
         device, B, K = self.pos_start.device, len(labels), len(self.patch_nums)
         labels = torch.as_tensor(labels, device=device)
@@ -333,34 +328,21 @@ class VAR(nn.Module):
             if cfg:
                 t = cfg * k / max(K - 1, 1)
                 logits = (1 + t) * logits[:B] - t * logits[B:]                  # (B, l, V)
-            logits = filter_logits(logits, top_k, top_p)                        # (B, l, V)
+            probabilities = filter_logits(logits, top_k, top_p).softmax(-1)     # (B, l, V)
             # All tokens of the scale are drawn at once: given r_<k they are independent. Two
             # neighbours can therefore each fit what is there and not fit each other. VAR relies on
             # the coarser scales having settled what they share, and on the finer ones to repair.
-            r_k = draw(logits.softmax(-1), generator)                           # (B, l)
+            r_k = draw(probabilities, generator)                                # (B, l)
             if given is not None:
-                r_k = torch.where(kept_tokens(keep, p).to(device), given[k], r_k)
+                r_k = torch.where(keep[k], given[k], r_k)
             maps.append(r_k)
-            f_hat = vae.quantize.add_scale(f_hat, k, r_k)                       # (B, z, P, P)
-            if k + 1 < K:
+            if k + 1 < K:           # f_hat of all scales is for decode(), which goes through maps
+                f_hat = vae.quantize.add_scale(f_hat, k, r_k)                   # (B, z, P, P)
                 x = self.word_embed(vae.quantize.shrink(f_hat, k + 1))          # (B, l, w)
                 x = torch.cat([x, x]) if cfg else x                             # (2B, l, w)
+        # Numbers that overflow, as they can in float16, reach the last scale through the cache.
+        maps[-1] = torch.where(probabilities.isnan().any(), -1, maps[-1])
         return maps
-
-    @classmethod
-    def from_state_dict(cls, weights):
-        """The model whose sizes the shapes in a state dict show, with these weights.
-
-        Raises KeyError or RuntimeError if they are not those of a transformer.
-        """
-        sides = weights['lvl_1L'].flatten().bincount().sqrt().long().tolist()
-        depth = sum(name.endswith('.attn.mat_qkv.weight') for name in weights)
-        num_classes = len(weights['class_emb.weight']) - 1
-        V, z = len(weights['head.weight']), weights['word_embed.weight'].shape[1]
-        var = cls(sides, depth, num_classes, V, z,
-                  shared_aln='shared_ada_lin.1.weight' in weights)
-        var.load_state_dict(weights)
-        return var
 
 
 # ---- Sampling ----
@@ -396,16 +378,3 @@ def draw(probabilities, generator):
     """
     e = torch.empty_like(probabilities).exponential_(generator=generator)
     return (probabilities / e).argmax(-1)
-
-
-def kept_tokens(keep, p):
-    """Which tokens of a p x p map the mask (P, P) keeps: bool (l,). Source: the release.
-
-    The mask is shrunk bilinearly: of a cell, however large, only the four mask values nearest its
-    middle count, and the cell is kept if their weighted mean is above one half. The 1x1 map is
-    always kept: its token stands for the whole image.
-    """
-    if p == 1:
-        return torch.ones(1, dtype=torch.bool, device=keep.device)
-    small = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear')
-    return small.flatten() > 0.5

@@ -19,15 +19,30 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support                                  # before torch: see there
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import draw_all, load_both
-from support.images import crop, image_file, make_grid, open_image, save_image, to_tensor
-from support.options import a_path, add_shared, labels_of, make_parser
-from support.run import UserError, pick_device, rank_and_world, run
+from support.images import make_grid, open_image, save_image, square, to_tensor
+from support.options import a_path, add_shared, labels_of, make_parser, new_picture
+from support.run import UserError, pick_device, rank_and_world, run, tell
+
+
+def kept_tokens(keep, p):
+    """Which tokens of a p x p map the mask (P, P) keeps: bool (l,). Source: the release.
+
+    The mask is shrunk bilinearly: of a cell, however large, only the four mask values nearest its
+    middle count, and the cell is kept if their weighted mean is above one half. The 1x1 map is
+    always kept: its token stands for the whole image.
+    """
+    if p == 1:
+        return torch.ones(1, dtype=torch.bool, device=keep.device)
+    small = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear')
+    return small.flatten() > 0.5
 
 
 def parse_box(text):
@@ -49,6 +64,8 @@ def new_positions(P, size, boxes=(), mask=None, outside=False):
     (size, size), white where it is new. A position with one new pixel is new as a whole.
     Raises UserError where nothing is left to keep or to generate.
     """
+    if mask is not None and mask.max() <= 127:
+        raise UserError('--mask: nothing in it is white, 128 to 255, in the square in the middle')
     patch = size // P
     pixels = np.zeros((size, size), dtype=bool) if mask is None else mask > 127
     for y0, x0, y1, x1 in boxes:
@@ -72,7 +89,7 @@ def paste(photo, images, pixels):
     return np.uint8(share * images + (1 - share) * photo + 0.5)             # (N, H, W, 3)
 
 
-def parse():
+def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add('photo', type=a_path, help='the photograph')
@@ -81,37 +98,33 @@ def parse():
     add('--mask', type=a_path, help='an image, white where the photograph is generated')
     add('--outside', action='store_true', help='generate everything else instead')
     add('--paste', action='store_true', help="put the photograph's pixels back where it is kept")
-    add('--out', type=image_file, default='edited.png', help='the sheet, a row per class')
-    add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--device')
-    return parser.parse_args()
-
-
-def open_both(photo_file, mask_file, size):
-    """Photograph uint8 (size, size, 3) and mask uint8 (size, size), or None without a mask file."""
-    photo, mask = open_image(photo_file, size), None
-    if mask_file:
-        whole = open_image(mask_file, size, behind='black').resize(photo.size)
-        mask = crop(whole, size)[..., 0]
-    return crop(photo, size), mask
-
-
-def main():
-    args = parse()
+    add('--out', type=new_picture, default='edited.png', help='the sheet, a row per class')
+    add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--precision',
+               '--device')
+    args = parser.parse_args()
+    for path in filter(None, (args.photo, args.mask)):
+        if args.out.exists() and args.out.samefile(path):
+            raise UserError(f'--out {args.out} would overwrite {path}: choose another')
     device = pick_device(args.device)
     vae, var, ckpt = load_both(device, args.ckpt, args.tokenizer)
-    labels = labels_of(args, ckpt, var, [var.num_classes])                  # (N,), "no class"
-    options = dict(ckpt['sampling'])
+    config, size = ckpt['config'], vae.image_size
+    labels = labels_of(args, ckpt, [var.num_classes])                       # (N,), "no class"
+    options = dict(config['sampling'])
     if not args.cls:
         options['cfg'] = 0.                     # "no class" is not guided by itself
     elif args.cfg is not None:
         options['cfg'] = args.cfg
-    photo, mask = open_both(args.photo, args.mask, vae.image_size)
-    new, pixels = new_positions(vae.patch_nums[-1], vae.image_size, args.box, mask,
-                                args.outside)
+    whole, mask = open_image(args.photo, size), None
+    if args.mask:
+        white = open_image(args.mask, size, behind='black').resize(whole.size)
+        mask = square(white, size)[..., 0]                                  # (H, W)
+    photo = square(whole, size)                                             # (H, W, 3)
+    new, pixels = new_positions(vae.patch_nums[-1], size, args.box, mask, args.outside)
     keep = torch.from_numpy(~new).to(device)                                # (P, P)
+    masks = [kept_tokens(keep, p) for p in vae.patch_nums]                  # K of (l,)
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
-    generate = partial(var.generate, vae, given=given, keep=keep, **options)
-    frames = draw_all(vae, generate, labels, args.seed)
+    generate = partial(var.generate, vae, given=given, keep=masks, **options)
+    frames = draw_all(vae, generate, labels, args.seed, args.precision or config['precision'])
     if rank_and_world()[0] > 0:
         return
     drawn = frames[:, -1]                                                   # (N, H, W, 3)
@@ -119,8 +132,8 @@ def main():
         drawn = paste(photo, drawn, pixels)
     kept = np.where(pixels[..., None], np.uint8(128), photo)                # (H, W, 3)
     rows = [np.stack([photo, kept, *row]) for row in np.split(drawn, len(drawn) // args.n)]
-    save_image(args.out, [make_grid(rows)])
-    print(f'drew {len(drawn)} images; wrote {args.out}')
+    save_image(args.out, make_grid(rows))
+    tell(f'drew {len(drawn)} images; wrote {args.out}')
 
 
 if __name__ == '__main__':

@@ -5,22 +5,27 @@
 A raster-scan transformer is a VAR whose "scales" are single tokens: its block-causal mask is then
 the causal mask, and its generation with cached keys and values takes one pass per token. Width,
 depth and blocks are therefore those of VAR. This file holds what differs: how tokens become the
-transformer's input, and an image. It writes nothing.
+transformer's input, and an image.
 
 Letters as in tokenizer.py; n is the side of the token map, so that there are n * n tokens.
 """
 import torch
+import torch.nn as nn
 
 
-class Raster:
+class Raster(nn.Module):
     """What VAR needs of a tokenizer, made from a VQVAE with the single scale (n,)."""
 
     def __init__(self, vae):
-        self.vae = vae
+        super().__init__()
+        self.vae, self.embedding = vae, vae.quantize.embedding
         self.image_size = vae.image_size
-        self.embedding = vae.quantize.embedding
-        self.quantize = self                            # VAR calls vae.quantize.add_scale, .shrink
         self.patch_nums = (1,) * vae.patch_nums[-1] ** 2        # those of the transformer
+
+    @property
+    def quantize(self):
+        """VAR calls vae.quantize.empty, .add_scale and .shrink."""
+        return self
 
     def var_input(self, maps):
         """n * n tokens, (B, 1) each -> the embeddings of all but the last: (B, n * n - 1, z)."""

@@ -1,12 +1,16 @@
 """What stands beside the method, a module each. A module imports only from those above it.
 
-run          errors in one line, devices, precision, processes, random numbers, log, files, folders
-folders      layouts of folders of images: classes, training, validation
-options      types of options; what --cls means; the options of train.py, as a table
-images       image files, arrays and tensors; grids
-checkpoints  files of weights: released ones, and those of train.py; the models of a run
+run          errors in one line, devices, precision, processes, random numbers, the log, files
+options      types of options, what several commands share, the recipes of train.py, --cls
+images       image files, arrays and tensors; grids; sets of images that were read once
+checkpoints  files of weights: ckpt.pt, and the released ones
 losses       L_P and L_G of equation (5)
-grade        PSNR, SSIM and codebook usage; loss and token error per scale
-data         drawn shapes, CIFAR-10, sets of images, crops
-tokens       stored tokens, for stage 2
+grade        PSNR and codebook usage; loss and token error per scale
+data         drawn shapes, CIFAR-10, folders of images; the tokens of a run
 """
+import os
+
+# Threads of OpenMP wait for each other in a loop: beside another busy process each small operation
+# then waits for the thread that lost its core. It is read when torch is loaded, so that every
+# command imports this package before torch.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')

@@ -1,7 +1,6 @@
-"""Images to train on: drawn shapes, CIFAR-10, those of folders; and their crops.
-
-Letters: B images per batch, N images of a set.
-"""
+"""What is trained on: drawn shapes, CIFAR-10, folders of images; and their tokens. A set is a dict
+{class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, L tokens of all
+scales."""
 import os
 import tarfile
 import zlib
@@ -11,15 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from support.checkpoints import fetch
-from support.folders import class_words, read_folder
-from support.images import batch_size, crop, open_image
+from support.images import batch_size, crop, to_tensor
 from support.options import BUILT_IN
-from support.run import UserError, rank_and_world, reason, tell
-
-# ---- Drawn shapes ----
+from support.run import UserError, agree, gather, reason, tell
 
 # The ten shapes: which points of the unit disc belong to each. A point is a complex number x + iy,
 # y downwards. A point is in the star if it is outside of at most one of the lines between the tips.
@@ -59,47 +54,154 @@ def shapes(n, size=32, seed=0):
     return images, labels
 
 
-# ---- CIFAR-10 ----
-
 CIFAR10 = ('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
            'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd')
 
 
 def cifar10(path):
-    """Training set and validation set, each uint8 (N, 32, 32, 3) and int64 (N,), and the classes.
+    """Images uint8 (60000, 32, 32, 3), labels int64 (60000,), and the classes; the last 10,000 are
+    for validation. A record is a label byte and 3 x 1024 bytes of red, green and blue rows.
 
-    A record is a label byte and 3 x 1024 bytes of red, green and blue rows. The archive is read in
-    memory, file by file and by name: nothing in it can be written to the disk.
-    Raises UserError for a file that is not the whole of CIFAR-10.
+    The archive is read in memory, by name: nothing in it can be written to the disk. UserError for
+    a file that is not the whole of CIFAR-10.
     """
     names = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin', 'batches.meta.txt']
     try:
         with tarfile.open(path) as tar:
             files = {Path(member.name).name: tar.extractfile(member).read() for member in tar
                      if Path(member.name).name in names}
-        batches = b''.join(files[name] for name in names[:6])
-        records = np.frombuffer(batches, np.uint8).reshape(-1, 3073)        # (60000, 3073)
-        classes = files['batches.meta.txt'].decode().split()
+        *batches, classes = (files[name] for name in names)
+        records = np.frombuffer(b''.join(batches), np.uint8).reshape(-1, 3073)  # (60000, 3073)
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as e:
-        raise UserError(f'{path} is not the whole binary CIFAR-10 ({reason(e)}); delete it'
-                        ) from e
+        raise UserError(f'{path} is not the whole binary CIFAR-10: delete it ({reason(e)})') from e
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    labels = records[:, 0].astype(np.int64)
-    n = len(records) // 6                                       # the sixth batch is for validation
-    return (images[:-n], labels[:-n]), (images[-n:], labels[-n:]), classes
+    return images, records[:, 0].astype(np.int64), classes.decode().split()
 
 
-# ---- Sets of images ----
+LAYOUTS = ('expected are <class>/*, or train/<class>/* with or without val/<class>/*, or images '
+           'alone')
+VAL_NAMES = ('val', 'valid', 'validation', 'test')              # the first one that is there
+ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
 
 
-def subset(pair, chosen, limit):
-    """Items (N, ...) and labels (N,) of the chosen classes alone, at most `limit` of each (0: all).
-    The labels become indices in `chosen`."""
-    items, labels = pair
-    rows = [np.flatnonzero(labels == c)[:limit or None] for c in chosen]
-    new_labels = np.repeat(np.arange(len(chosen)), [len(part) for part in rows])
-    rows = np.concatenate(rows)
-    return items[rows], new_labels.astype(np.int64)
+def list_folder(folder):
+    """The images in a folder and in its images/, as sorted paths; and its other subfolders."""
+    images, folders = [], []
+    for place in (folder, folder / 'images'):
+        for entry in os.scandir(place) if place.is_dir() else ():
+            if entry.name.startswith('.'):
+                continue
+            if entry.name.lower().endswith(ENDINGS):
+                images.append(entry.path)
+            elif place == folder and entry.name != 'images' and entry.is_dir():
+                folders.append(folder / entry.name)
+    return sorted(images), folders
+
+
+def list_classes(folder):
+    """The set of a folder: {class: paths} of its class folders, sorted by name, or by number where
+    all are numbers; {'images': paths} where images lie in it alone; {} for anything else."""
+    images, folders = list_folder(folder)
+    found = {path.name: list_folder(path)[0] for path in folders}
+    names = sorted(name for name, paths in found.items() if paths)
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    classes = {name: found[name] for name in names}
+    without = len(found) - len(classes)
+    if classes and (images or without):
+        tell(f'{folder}: left out are {without} folders without images directly in them, and '
+             f'{len(images)} images beside the class folders')
+    return classes or ({'images': images} if images else {})
+
+
+def hold_out(groups):
+    """Splits a set for validation, by a hash of the class and the name of an image: about one in
+    ten is held out, and stays so when others come; of a class of two or more, at least one is, and
+    not all are."""
+    train, val = {}, {}
+    for name, paths in groups.items():
+        hashes = {path: zlib.crc32(f'{name}/{os.path.basename(path)}'.encode()) for path in paths}
+        ranked = sorted(paths, key=hashes.get)
+        n = sum(value < 2 ** 32 / 10 for value in hashes.values())
+        n = min(max(n, 1), len(paths) - 1)
+        val[name], train[name] = sorted(ranked[:n]), sorted(ranked[n:])
+    return train, val
+
+
+def read_folder(root):
+    """Training set, validation set, and where the latter comes from. UserError for a folder that is
+    not laid out as LAYOUTS say."""
+    if not root.is_dir():
+        raise UserError(f'--data {root}: no such folder; {LAYOUTS}')
+    inside = {path.name.lower(): path for path in list_folder(root)[1]}
+    vals = [inside[name] for name in VAL_NAMES if name in inside]
+    # A folder that is called train can also be a class, beside bus and truck.
+    is_split = 'train' in inside and (vals or list_folder(inside['train'])[1])
+    train = list_classes(inside['train'] if is_split else root)
+    if not train:
+        would_do = [path for path in inside.values() if any(list_folder(path))]
+        hint = f'did you mean {would_do[0]}?' if len(would_do) == 1 else LAYOUTS
+        raise UserError(f'--data {root}: no images in it; {hint}')
+    val = list_classes(vals[0]) if is_split and vals else {}
+    if val and {*val} <= {*train}:
+        return train, val, vals[0].name + '/'
+    return *hold_out(train), 'held out'
+
+
+class Data(NamedTuple):
+    """What a run is trained on: items (N,) and labels int64 (N,) for training and for validation,
+    the names of the classes, and where the validation images come from."""
+    train: tuple
+    val: tuple
+    classes: list
+    source: str
+
+    @property
+    def counts(self):
+        """How many images are for training, and how many for validation: a list."""
+        return [len(labels) for _, labels in (self.train, self.val)]
+
+
+def read_data(config):
+    """The Data that a config names. Opens no image of a folder. UserError if there is none."""
+    if config.data in BUILT_IN:
+        if Path(config.data).is_dir():
+            tell(f'--data {config.data} is not the folder of that name: that is ./{config.data}')
+        if config.data == 'shapes':
+            images, labels = shapes(9000, config.size)
+            names, n, source = list(SHAPES), 8000, 'drawn'
+        else:
+            images, labels, names = cifar10(fetch(*CIFAR10))
+            n, source = len(images) * 5 // 6, 'test_batch'
+        sets = [{name: list(images[part][labels[part] == i]) for i, name in enumerate(names)}
+                for part in (slice(n), slice(n, None))]
+    else:
+        *sets, source = read_folder(Path(config.data))
+    classes = choose_classes(config.classes, list(sets[0]))
+    pairs = []
+    for groups in sets:
+        parts = [groups.get(name, [])[:config.limit or None] for name in classes]
+        labels = np.repeat(np.arange(len(classes), dtype=np.int64), [*map(len, parts)])
+        pairs.append(([item for part in parts for item in part], labels))
+    data = Data(*pairs, classes, source)
+    if 0 in data.counts:
+        raise UserError(f'--data {config.data}: at least two images of a class are needed')
+    agree(data.counts, 'number of images in --data')
+    names = ', '.join(classes[:12]) + (', ...' if len(classes) > 12 else '')
+    tell('{} training and {} validation images ({}), {} classes: {}'.format(
+        *data.counts, source, len(classes), names))
+    return data
+
+
+def choose_classes(asked, names):
+    """The classes of --classes: those of these names, or the first N. UserError for others."""
+    known = {*names}
+    if len(asked) == 1 and asked[0] not in known and asked[0].isdecimal():
+        asked = names[:int(asked[0])] or asked
+    for name in asked:
+        if name not in known:
+            raise UserError(f'--classes {name}: no such class; there are {", ".join(names[:12])}')
+    return asked or names
 
 
 def spread(N, n):
@@ -108,163 +210,54 @@ def spread(N, n):
     return [i * N // n for i in range(n)]
 
 
-class Request(NamedTuple):
-    """One crop of one image of a set.
-
-    draw: None for the centre, or the seed of a random crop. mirror: whether it is flipped left to
-    right. replace: whether another image, which draw chooses, takes the place of an unreadable one.
-    """
-    index: int
-    draw: tuple | None = None
-    mirror: bool = False
-    replace: bool = False
-
-
-class ImageSet(torch.utils.data.Dataset):
-    """A labelled set of images: uint8 (N, H, W, 3), or file names (N,) below a folder."""
-    tries = 100                 # for an image that can be read
-
-    def __init__(self, items, labels, size, folder=''):
-        self.items, self.labels, self.size, self.folder = items, labels, size, str(folder)
-        self.reported = set()       # files that could not be read
-
-    def __len__(self):
-        return len(self.items)
-
-    def path(self, index):
-        return os.path.join(self.folder, os.fsdecode(self.items[index]))
-
-    def read(self, request):
-        """The crop of a Request, uint8 (size, size, 3). UserError if the file cannot be read."""
-        if self.items.ndim > 1:
-            image = Image.fromarray(self.items[request.index])
-        else:
-            image = open_image(self.path(request.index), self.size)
-        rng = None if request.draw is None else np.random.default_rng(request.draw)
-        pixels = crop(image, self.size, 1.125, rng)
-        return pixels[:, ::-1] if request.mirror else pixels
-
-    def __getitem__(self, request):
-        """The index that was read; its crop, or None if it cannot be read; and all errors."""
-        errors = []
-        for attempt in range(self.tries if request.replace else 1):
-            try:
-                return request.index, self.read(request), errors
-            except UserError as e:
-                errors.append(str(e))
-            if request.replace:
-                other = np.random.default_rng((*request.draw, 2, attempt)).integers(len(self))
-                request = request._replace(index=int(other))
-        return request.index, None, errors
-
-    def collate(self, items):
-        """The readable images as an array: it comes from the workers through a pipe, where a tensor
-        would come through shared memory, of which containers have little."""
-        good = [(index, image) for index, image, _ in items if image is not None]
-        pixels = np.empty((len(good), self.size, self.size, 3), np.uint8)
-        for row, (_, image) in zip(pixels, good):
-            row[:] = image
-        return pixels, [index for index, _ in good], [e for *_, errors in items for e in errors]
-
-    def load(self, batches, workers=0):
-        """For each list of Requests: images (B, size, size, 3) uint8, and indices (B,) int64.
-
-        Files that cannot be read are left out. The first ten are named.
-        """
-        loader = torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=workers,
-                                             collate_fn=self.collate)
-        for images, indices, errors in loader:
-            for message in sorted({*errors} - self.reported):
-                self.reported.add(message)
-                if len(self.reported) <= 10:
-                    print(f'left out: {message}', flush=True)
-            yield torch.from_numpy(images), torch.tensor(indices, dtype=torch.int64)
-
-    def centres(self, n, workers=0):
-        """The centre crops of n images, evenly spread, in batches that fit, as load() yields them.
-        UserError if none can be read."""
-        chosen, B, found = spread(len(self), n), batch_size(self.size), 0
-        batches = [[Request(i) for i in chosen[start:start + B]]
-                   for start in range(0, len(chosen), B)]
-        for images, indices in self.load(batches, workers):
-            found += len(images)
-            if len(images) > 0:
-                yield images, indices
-        if found == 0:
-            raise UserError('none of the images can be read')
-
-    def some(self, n):
-        """n images, evenly spread: uint8 (n, size, size, 3) and their labels (n,)."""
-        parts = list(self.centres(n))
-        indices = torch.cat([indices for _, indices in parts])
-        return torch.cat([images for images, _ in parts]), torch.from_numpy(self.labels)[indices]
-
-
-def read_data(config):
-    """Two ImageSets, for training and validation, and the classes and words for them."""
-    if config.data in BUILT_IN and Path(config.data).is_dir():
-        tell(f'--data {config.data} does not mean the folder of that name here: for that one, '
-             f'./{config.data}')
-    folder = ''
-    if config.data == 'shapes':
-        train, val = shapes(8000, config.size, seed=1), shapes(1000, config.size, seed=2)
-        classes = list(SHAPES)
-    elif config.data == 'cifar10':
-        train, val, classes = cifar10(fetch(*CIFAR10))
-    else:
-        folder = Path(config.data)
-        train, val, classes = read_folder(folder)
-    if config.classes or config.limit:
-        asked = config.classes or str(len(classes))
-        names = classes[:int(asked)] if asked.isdecimal() else asked.split(',')
-        unknown = [name for name in names if name not in classes]
-        if unknown or not names:
-            raise UserError(f'--classes {",".join(unknown) or asked}: there is no such class')
-        chosen = [classes.index(name) for name in names]
-        train, val = subset(train, chosen, config.limit), subset(val, chosen, config.limit)
-        classes = names
-        if not len(train[0]) or not len(val[0]):
-            raise UserError('--classes: no images are left for training or validation')
-    words = class_words(folder, classes) if folder else [''] * len(classes)
-    train = ImageSet(*train, config.size, folder)
-    val = ImageSet(*val, config.size, folder)
-    return train, val, classes, words
-
-
 def step_rows(n, batch, seed, start, stop):
-    """For each step from start: what this process's part of the batch is made of, as pairs (row,
-    place): one of n rows, and its place in the run, from 0.
+    """For each step from start: the step, and which of n rows make its batch, (batch,) int64.
 
-    Every epoch is one permutation of the n rows. A row depends only on its place, so that a resumed
-    run sees the same rows.
+    Every epoch is one permutation of the n rows. A row depends only on its place in the run, so
+    that a resumed run sees the same rows.
     """
-    rank, world = rank_and_world()
-
     @lru_cache(2)                               # a batch can reach into the next epoch
     def permutation(epoch):
         return np.random.default_rng((seed, epoch)).permutation(n)
 
     for step in range(start, stop):
-        first = step * batch + rank * batch // world
-        places = range(first, first + batch // world)
-        yield [(int(permutation(place // n)[place % n]), place) for place in places]
+        places = range(step * batch, (step + 1) * batch)
+        yield step, np.array([permutation(place // n)[place % n] for place in places])
 
 
-def random_crops(images, config, batch, start, stop):
-    """For each step from start: images (B, size, size, 3) uint8 for this process. Crops and, with
-    config.flip, mirroring are random. In the place of an unreadable image comes another. UserError
-    if none is found."""
-    def requests():
-        for rows in step_rows(len(images), batch, config.seed, start, stop):
-            crops = []
-            for row, place in rows:
-                draw = (config.seed, place)
-                mirror = config.flip and np.random.default_rng((*draw, 1)).random() < 0.5
-                crops.append(Request(row, draw, mirror, replace=True))
-            yield crops
+def read_tokens(folder):
+    """tokens.npz in a folder: for training and for validation, tokens uint16 (N, views, L) and
+    labels int64 (N,)."""
+    with np.load(folder / 'tokens.npz') as f:
+        return (f['train'], f['train_labels']), (f['val'], f['val_labels'])
 
-    for pixels, _ in images.load(requests(), config.workers):
-        if len(pixels) < batch // rank_and_world()[1]:
-            raise UserError(f'{images.tries} images in a row cannot be read: see the files named '
-                            'above')
-        yield pixels
+
+@torch.no_grad()
+def tokenize(vae, chunks, config, views=1):
+    """The tokens of images, uint16 (N, views, L), and the indices of the images, int64 (N,), which
+    rise: of those of all processes, in the first one. The others get None.
+
+    chunks: lists of (row, image), as read_images() yields them. The first view is the centre crop,
+    the others are random ones; with flip, every second view is mirrored.
+    """
+    size, B = vae.image_size, batch_size(vae.image_size)
+    tokens, rows = [], []
+    for chunk in chunks:
+        crops = []
+        for row, image in chunk:
+            rows.append(row)
+            for view in range(views):
+                rng = np.random.default_rng((config.seed, view, row))
+                pixels = crop(image, size, rng.random(2)) if view > 0 else crop(image, size)
+                crops.append(pixels[:, ::-1] if config.flip and view % 2 else pixels)
+        for start in range(0, len(crops), B):
+            images = torch.from_numpy(np.stack(crops[start:start + B])).to(config.device)
+            tokens.append(torch.cat(vae.encode(to_tensor(images)), dim=1).cpu())    # (B, L)
+    L = sum(p * p for p in vae.patch_nums)
+    tokens = torch.cat([torch.empty(0, L, dtype=torch.int64), *tokens])
+    parts = gather((tokens.numpy().astype(np.uint16).reshape(-1, views, L), np.array(rows, int)))
+    if parts is None:
+        return None
+    tokens, rows = (np.concatenate(values) for values in zip(*parts))
+    order = rows.argsort()
+    return tokens[order], rows[order]

@@ -1,14 +1,15 @@
-"""How good the models are: PSNR, SSIM and codebook usage of a tokenizer; loss and token error of a
+"""How good the models are: PSNR and codebook usage of a tokenizer; loss and token error of a
 transformer (Section 5.2).
 
 Letters: B images per batch, n in all, H x W pixels, V codes, K scales, l tokens of one, L of all.
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.images import to_tensor, to_uint8
+from support.images import batch_size, crop, to_tensor, to_uint8
 
 
 def psnr(images, others):
@@ -17,53 +18,28 @@ def psnr(images, others):
     return -10 * (mse / 4).clamp_min(1e-10).log10()                 # peak to peak is 2
 
 
-def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of images (B, 3, H, W) in [-1, 1], twice: (B,).
-
-    Gaussian window of 11 pixels, sigma 1.5, on values in [0, 1]. In float64, because variances are
-    small differences of large numbers.
-    """
-    offsets = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
-    g = (-offsets ** 2 / 4.5).exp()
-    g = g / g.sum()
-
-    def blur(x):
-        x = x.unfold(2, 11, 1) @ g              # along the columns, then along the rows
-        return x.unfold(3, 11, 1) @ g                                       # (B, 3, H-10, W-10)
-
-    a = a.double() / 2 + 0.5
-    b = b.double() / 2 + 0.5
-    mean_a, mean_b = blur(a), blur(b)
-    var_a = blur(a * a) - mean_a ** 2
-    var_b = blur(b * b) - mean_b ** 2
-    covariance = blur(a * b) - mean_a * mean_b
-    numerator = (2 * mean_a * mean_b + 0.01 ** 2) * (2 * covariance + 0.03 ** 2)
-    denominator = (mean_a ** 2 + mean_b ** 2 + 0.01 ** 2) * (var_a + var_b + 0.03 ** 2)
-    return (numerator / denominator).mean((1, 2, 3))
-
-
 @torch.no_grad()
-def grade_tokenizer(vae, images, n, device, workers=0, rebuilt=None):
-    """Grades the tokenizer on n images of an ImageSet. Returns figures, a dict; the images' tokens,
-    (n, L) int64; and their labels (n,). Unreadable images are left out. UserError if none can be
-    read.
+def grade_tokenizer(vae, chunks, device, rebuilt=None):
+    """Grades the tokenizer on the centres of images: chunks are lists of (row, image), as
+    read_images() yields them. Returns figures, a dict; the images' tokens, (n, L) int64; and their
+    rows, a list.
 
     PSNR in dB, entropy in bits. 'usage k' is the number of codes that scale k uses, divided by V,
-    or by the number of its tokens in these images if that is smaller. rebuilt: an array uint8
-    (n, H, W, 3) that the reconstructions are written to.
+    or by the number of its tokens in these images if that is smaller. rebuilt: a list that the
+    reconstructions are appended to, uint8 (B, H, W, 3) each.
     """
-    scores, tokens, labels, done = [], [], [], 0
-    for batch, indices in images.centres(n, workers):
-        a = to_tensor(batch.to(device))                                     # (B, 3, H, W)
-        maps = vae.encode(a)                                                # K of (B, l)
-        b = vae.decode(maps)                                                # (B, 3, H, W)
-        scores.append(torch.stack([psnr(a, b).cpu(), ssim(a, b).float().cpu()]))    # (2, B)
-        tokens.append(torch.cat(maps, dim=1).cpu())                         # (B, L)
-        labels.append(torch.from_numpy(images.labels)[indices])             # (B,)
-        if rebuilt is not None:
-            rebuilt[done:done + len(b)] = to_uint8(b)
-        done += len(b)
-    decibels, similarity = torch.cat(scores, dim=1).mean(1).tolist()
+    decibels, tokens, rows, size = [], [], [], vae.image_size
+    for chunk in chunks:
+        rows += [row for row, _ in chunk]
+        for start in range(0, len(chunk), batch_size(size)):
+            part = [crop(image, size) for _, image in chunk[start:start + batch_size(size)]]
+            a = to_tensor(torch.from_numpy(np.stack(part)).to(device))      # (B, 3, H, W)
+            maps = vae.encode(a)                                            # K of (B, l)
+            b = vae.decode(maps)                                            # (B, 3, H, W)
+            decibels.append(psnr(a, b).cpu())                               # (B,)
+            tokens.append(torch.cat(maps, dim=1).cpu())                     # (B, L)
+            if rebuilt is not None:
+                rebuilt.append(to_uint8(b))
     tokens = torch.cat(tokens)                                              # (n, L)
 
     V = vae.quantize.V
@@ -72,11 +48,11 @@ def grade_tokenizer(vae, images, n, device, workers=0, rebuilt=None):
     p = hits / hits.sum(1, keepdim=True)                                    # (K, V)
     entropy = torch.special.entr(p).sum(1) / math.log(2)                    # (K,), bits per token
     bits = sum(side * side * h for side, h in zip(vae.patch_nums, entropy.tolist()))
-    figures = {'PSNR': decibels, 'SSIM': similarity,
+    figures = {'PSNR': torch.cat(decibels).mean().item(),
                'codebook usage': (hits.sum(0) > 0).float().mean().item(),
                'bits per token': bits / tokens.shape[1], 'bits per image': bits}
     figures |= {f'usage {k}': value for k, value in enumerate(usage.tolist())}
-    return figures, tokens, torch.cat(labels)
+    return figures, tokens, rows
 
 
 @torch.no_grad()

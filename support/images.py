@@ -1,54 +1,134 @@
 """Image files, arrays and tensors. Images are uint8 (H, W, 3) in files and arrays, and float32
-(3, H, W) in [-1, 1] in the tokenizer."""
-import os
+(3, H, W) in [-1, 1] in the tokenizer. Letters: B images per batch, N of a set, n of a row."""
+import re
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from support.options import a_path
-from support.run import UserError, reason, write_file
+from support.run import (UserError, local_rank, progress, rank_and_world, reason, wait_for_all,
+                         write_file)
 
 
 def open_image(path, size, behind='white'):
     """An image file as an RGB PIL image, upright. A JPEG may be decoded smaller, down to 2 `size`.
 
-    `behind` is the colour that shows through transparency; of an animation the first frame is used.
+    `behind` is the colour that shows through transparency, unless nothing is opaque: then the
+    colours are meant. Of an animation the first frame is used, and colour profiles are ignored.
     Raises UserError if Pillow cannot read the whole of it, or for more than 8 bits per channel.
     """
-    path = os.fsdecode(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             with Image.open(path) as image:
+                # Pillow reads 16-bit colours as 8 bits, and 12-bit ones in them as nearly black.
+                deep = image.mode[0] in 'IF' or re.search(';16[BLN]', str(image.tile))
                 image.draft('RGB', (2 * size, 2 * size))    # lets the JPEG decoder skip detail
                 image = ImageOps.exif_transpose(image)      # cameras note which side is up
-                if image.mode[0] in 'IF':                   # convert() would clip them at 255
-                    raise ValueError('16-bit and float images have to be converted to 8 bits')
-                if image.has_transparency_data:
-                    plain = Image.new('RGBA', image.size, behind)
-                    image = Image.alpha_composite(plain, image.convert('RGBA'))
-                return image.convert('RGB')
+        if deep:
+            raise ValueError('more than 8 bits per channel: convert it to 8 bits')
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            if image.getextrema()[3][1] > 0:
+                image = Image.alpha_composite(Image.new('RGBA', image.size, behind), image)
+        return image.convert('RGB')
     except Exception as e:                                  # a damaged file can raise anything
         raise UserError(f'cannot read {path}: {reason(e)}') from e
 
 
-def crop(image, size, zoom=1., rng=None):
-    """A square of a PIL image as uint8 (size, size, 3), by Lanczos.
-
-    The side of the square is the image's shorter side divided by zoom, but not below size, so that
-    only images that are too small are enlarged: for size 256 and zoom 1.125 it is 444 of 500 px,
-    256 of 270 px, and 200 of 200 px. The square is the centre or, with a numpy generator, a random
-    one.
-    """
+def fit(image, side):
+    """A PIL image as uint8 (h, w, 3), its shorter side resized to `side` by Lanczos. Of a long
+    image the middle stays, three times as long as it is wide."""
     short = min(image.size)
-    side = min(short, max(size, short / zoom))
-    room = np.array(image.size) - side
-    x, y = room * (rng.random(2) if rng else 0.5)
-    square = image.resize((size, size), Image.LANCZOS, box=(x, y, x + side, y + side))
-    return np.array(square)
+    w, h = (min(length, 3 * short) for length in image.size)
+    left, top = (image.width - w) / 2, (image.height - h) / 2
+    size = round(w * side / short), round(h * side / short)
+    return np.array(image.resize(size, Image.LANCZOS, box=(left, top, left + w, top + h)))
+
+
+def crop(pixels, size, spot=(0.5, 0.5)):
+    """A square (size, size, 3) of an image (h, w, 3): the centre one, or that at a spot, from
+    (0, 0), top left, up to but without (1, 1)."""
+    top, left = (int(share * (length - size + 1)) for share, length in zip(spot, pixels.shape))
+    return pixels[top:top + size, left:left + size]
+
+
+def square(image, size):
+    """The centre of a PIL image, as large as it can be, as uint8 (size, size, 3)."""
+    return crop(fit(image, size), size)
+
+
+def read_images(items, rows, side, what='images read'):
+    """Reads the images of `items` with the indices `rows`: paths, or arrays uint8 (h, w, 3).
+
+    Yields lists of (row, uint8 (h, w, 3)), fitted to `side`. Those that cannot be read are left
+    out, and the first ten are named; UserError in the end if they are more than one in a hundred.
+    """
+    def read(row):
+        item = items[row]
+        try:
+            is_array = isinstance(item, np.ndarray)
+            return row, fit(Image.fromarray(item) if is_array else open_image(item, side), side)
+        except UserError as e:
+            return row, e
+
+    failed, began = 0, time.monotonic()
+    with ThreadPoolExecutor() as pool:              # Pillow decodes and resizes outside of the GIL
+        for start in range(0, len(rows), 500):
+            found, images = list(pool.map(read, rows[start:start + 500])), []
+            for row, image in found:
+                if isinstance(image, UserError):
+                    failed += 1
+                    if failed <= 10:
+                        print(f'left out: {image}', flush=True)
+                else:
+                    images.append((row, image))
+            yield images
+            progress(what, start + len(found), len(rows), began)
+    if failed > len(rows) / 100:
+        raise UserError(f'{failed} of {len(rows)} images cannot be read, more than one in a '
+                        'hundred: repair or remove them')
+
+
+def store_images(items, labels, side, folder, name):
+    """Reads a set of images once. Returns those that can be read, a list of N arrays uint8
+    (h, w, 3), and their labels, int64 (N,).
+
+    The arrays are mapped into memory from a file in a folder, which the first process of a machine
+    writes and all of its processes map. It has lost its name when this returns: it cannot be stale,
+    and is gone when the run ends.
+    """
+    path, found = folder / f'.{name}-{rank_and_world()[0] - local_rank()}', []
+
+    def write(f):
+        for chunk in read_images(items, range(len(items)), side):
+            for row, image in chunk:
+                f.write(image.tobytes())
+                found.append((row, *image.shape))
+
+    if local_rank() == 0:
+        write_file(path, write)
+    of_first = [found]
+    if dist.is_initialized():
+        dist.broadcast_object_list(of_first, 0)
+    wait_for_all()                              # until every machine has its file
+    rows, *shapes = np.array(of_first[0]).T                                 # (N,) each
+    ends = np.prod(shapes, axis=0).cumsum()                                 # (N,)
+    pixels = np.asarray(np.memmap(path, np.uint8, 'r'))
+    if len(pixels) != ends[-1]:
+        raise UserError('the machines do not read the same images')
+    wait_for_all()                              # until every process has mapped its file
+    if local_rank() == 0:
+        with suppress(PermissionError):         # Windows keeps a file that is mapped
+            path.unlink()
+    parts = np.split(pixels, ends[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, zip(*shapes))], labels[rows]
 
 
 def to_tensor(arrays):
@@ -64,11 +144,8 @@ def to_uint8(images):
 
 
 def batch_size(image_size):
-    """Images per pass where no gradients are needed: 16 at 256 px, 4 at 512 px, 50 at most.
-
-    By calculation: keys and values of a guided image take 0.31 GB for d30 at 256 px, and 1.5 GB for
-    d36 at 512 px, in 16 bits; an activation of the encoder 42 MB and 168 MB in float32.
-    """
+    """Images per pass where no gradients are needed: 16 at 256 px, 4 at 512 px, 50 at most. Keys
+    and values of a guided image take 0.31 GB for d30 at 256 px and 1.5 GB for d36 at 512 px."""
     return min(50, max(1, 16 * 256 ** 2 // image_size ** 2))
 
 
@@ -80,27 +157,6 @@ def make_grid(rows):
     return Image.fromarray(np.vstack([np.hstack(row) for row in padded])[:-2, :-2])
 
 
-def image_format(path):
-    """The format that the name of an image file asks for. UserError if Pillow cannot write it."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f'{path}: the name does not end like an image file; use .png')
-    return kind
-
-
-def image_file(text):
-    """An argparse type: the Path of an image file that Pillow can write, for an error before the
-    work and not after it."""
-    path = a_path(text)
-    image_format(path)
-    return path
-
-
-def save_image(path, frames):
-    """Writes PIL images as one file, several as an animation. UserError as in image_format, or if
-    the disk refuses."""
-    options, kind = {}, image_format(path)
-    if len(frames) > 1:
-        durations = [300] * (len(frames) - 1) + [1500]      # the last frame stays longest, in ms
-        options = dict(save_all=True, append_images=frames[1:], loop=0, duration=durations)
-    write_file(path, lambda f: frames[0].save(f, kind, **options))
+def save_image(path, image):
+    """Writes a PIL image as a .png. UserError if the disk refuses."""
+    write_file(path, lambda f: image.save(f, 'PNG'))

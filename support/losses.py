@@ -8,8 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoints import fetch, read_checkpoint
-from support.run import UserError
+from support.checkpoints import fill
 from tokenizer import conv3x3, group_norm
 
 VGG = ('https://download.pytorch.org/models/vgg16-397923af.pth', '397923af')
@@ -17,10 +16,7 @@ VGG = ('https://download.pytorch.org/models/vgg16-397923af.pth', '397923af')
 
 class PerceptualLoss(nn.Module):
     """L_P of (5): the distance of two images in the features of a VGG-16 that was trained on
-    ImageNet, at five depths.
-
-    weights: a dict, torchvision's vgg16-397923af.pth. RuntimeError if it is another one.
-    """
+    ImageNet, at five depths. weights: those of the file VGG; UserError for others."""
     WIDTHS = (64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool',
               512, 512, 512, 'pool')
 
@@ -36,12 +32,12 @@ class PerceptualLoss(nn.Module):
         self.layers = nn.Sequential(*layers).requires_grad_(False)
         convs = {name.removeprefix('features.'): value for name, value in weights.items()
                  if name.startswith('features.')}
-        self.layers.load_state_dict(convs)
+        fill(self.layers, convs, 'VGG-16')
         self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer('deviation', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def features(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> a map of each depth, (B, channels, height, width)."""
+        """Images (B, 3, H, W) in [-1, 1] -> a map of each depth, (B, C, height, width)."""
         x = (images / 2 + 0.5 - self.mean) / self.deviation
         found = []
         for layer in self.layers:
@@ -60,16 +56,6 @@ class PerceptualLoss(nn.Module):
             f, g = F.normalize(f.float(), dim=1), F.normalize(g.float(), dim=1)
             distances.append((f - g).square().sum(1).mean())
         return sum(distances) / len(distances)
-
-
-def perceptual_loss():
-    """L_P with the weights of torchvision's VGG-16, which are downloaded. UserError without them.
-    """
-    path = fetch(*VGG)
-    try:
-        return PerceptualLoss(read_checkpoint(path))
-    except RuntimeError as e:
-        raise UserError(f'{path} is not the VGG-16 of torchvision') from e
 
 
 class PatchDiscriminator(nn.Sequential):
