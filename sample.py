@@ -19,7 +19,7 @@ import torch
 
 from support.checkpoints import load
 from support.images import batch_size, make_grid, save_image, to_uint8
-from support.options import (a_count, add_shared, at_least_1, labels_of, make_parser, new_file,
+from support.options import (a_count, add_shared, at_least_1, labels_of, make_parser,
                              new_picture, number)
 from support.run import (UserError, gather, pick_device, precision, progress, rank_and_world, run,
                          seed_of, tell, write_file)

@@ -16,10 +16,10 @@ that was killed and resumed therefore ends with the same bits as one that was no
 train as one does, with three differences: each draws its own dropout, each computes lambda_G from
 its own part of the batch, and dead codes restart as vectors of the first one's part.
 
-Without what a real run needs beside it, the loop of train_stage() is:
+Reduced to the essentials, the loop of train_stage() is:
 
     for step, batch in enumerate(stage.batches(0)):
-        set_learning_rate(optimizer, stage.lr * learning_rate(step, stage.steps))
+        optimizer.param_groups[0]['lr'] = stage.lr * learning_rate(step, stage.steps)
         loss, _ = stage(step, *batch)           # forward: (5), or the cross-entropy of (6)
         loss.backward()
         clip_grad_norm_(stage.parameters(), 2.0)
@@ -45,7 +45,7 @@ from support.grade import grade_tokenizer, grade_transformer
 from support.images import (batch_size, crop, make_grid, read_images, save_image, store_images,
                             to_tensor, to_uint8)
 from support.losses import VGG, AdversarialLoss, PerceptualLoss
-from support.options import make_config, parse, resume_config, saved
+from support.options import NOT_SAVED, make_config, parse, resume_config
 from support.run import (UserError, agree, all_reduce, choose_precision, mend_log,
                          pick_device, precision, rank_and_world, run, seed_of, show, tell,
                          use_compiler, wait_for_all, write_file, write_log)
@@ -59,24 +59,18 @@ GRADED = 1000           # validation images, at most
 class TokenizerStage(nn.Module):
     """Stage 1 of Fig. 4: the VQVAE, by equation (5). train, val: lists of uint8 (h, w, 3)."""
     name, number = 'tokenizer', 1       # in the log, and in the seed of a step
-    adversarial_from = 0.5              # the second half of the steps has L_G, too
 
     def __init__(self, config, vae, train, val):
         super().__init__()
         self.config, self.vae, self.train_set, self.val_set = config, vae, train, val
-        self.steps = config.tokenizer_steps
+        self.steps, self.lr = config.tokenizer_steps, config.tokenizer_lr
         self.batch = self.micro_batch = config.tokenizer_batch  # lambda_G is that of a whole batch
-        self.lr = config.tokenizer_lr
         self.perceptual = PerceptualLoss(read_file(fetch(*VGG))) if config.perceptual else None
-        self.adversarial = None
+        self.learned, self.adversarial = {'vae': vae}, None     # what a checkpoint holds
         if config.adversarial:
             torch.manual_seed(seed_of(config.seed, self.number))    # its weights depend on it alone
             self.adversarial = AdversarialLoss(config.adversarial)
-
-    def learned(self):
-        """The modules that a checkpoint holds."""
-        modules = {'vae': self.vae, 'adversarial': self.adversarial}
-        return {name: module for name, module in modules.items() if module is not None}
+            self.learned['adversarial'] = self.adversarial
 
     def batches(self, start):
         """For each step from start: the tensors of this process, on the CPU. Crops are random, and
@@ -104,7 +98,7 @@ class TokenizerStage(nn.Module):
         if self.perceptual is not None:
             distance = self.perceptual(rebuilt, images)                     # L_P
             loss = loss + self.config.perceptual * distance                 # + lambda_P L_P
-        if self.adversarial is not None and step >= self.adversarial_from * self.steps:
+        if self.adversarial is not None and step >= self.steps / 2:         # in the second half
             last_layer = self.vae.decoder.conv_out.weight
             adversarial, figures['lambda_G'] = self.adversarial(images, rebuilt, loss, last_layer)
             # + lambda_G L_G, and the discriminator's own loss
@@ -131,7 +125,7 @@ class TransformerStage(nn.Module):
     """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales, which is
     -log p of equation (6) per token.
 
-    train and val: stored tokens uint16 (N, views, L) and labels int64 (N,).
+    train and val: stored tokens uint16 (N, L) and labels int64 (N,).
     """
     name, number = 'transformer', 2
 
@@ -139,28 +133,15 @@ class TransformerStage(nn.Module):
         super().__init__()
         # Without gradients, the tokenizer is no part of the optimizer.
         self.config, self.vae, self.var = config, vae.eval().requires_grad_(False), var
-        self.train_set, self.val_set = train, val
-        self.steps = config.steps
-        self.batch = config.batch
-        self.micro_batch = config.micro_batch
-        self.lr = config.lr
-
-    def learned(self):
-        return {'var': self.var}
-
-    def fetch_rows(self, stored_set, rows):
-        """Tokens (n, L) int64 and labels (n,) of these rows. Row i of a stored set is view
-        i % views of image i // views."""
-        stored, labels = stored_set
-        rows, views = np.asarray(rows), stored.shape[1]
-        tokens = stored[rows // views, rows % views].astype(np.int64)
-        return torch.from_numpy(tokens), torch.from_numpy(labels[rows // views])
+        self.train_set, self.val_set, self.learned = train, val, {'var': var}
+        self.steps, self.lr = config.steps, config.lr
+        self.batch, self.micro_batch = config.batch, config.micro_batch
 
     def batches(self, start):
-        stored, _ = self.train_set
-        n = stored.shape[0] * stored.shape[1]
-        for _, rows in step_rows(n, self.batch, self.config.seed, start, self.steps):
-            yield self.fetch_rows(self.train_set, rows[slice(*part_of(self.batch))])
+        n, seed = len(self.train_set[1]), self.config.seed
+        for _, rows in step_rows(n, self.batch, seed, start, self.steps):
+            rows = rows[slice(*part_of(self.batch))]
+            yield [torch.from_numpy(x[rows].astype(np.int64)) for x in self.train_set]
 
     def forward(self, step, tokens, labels):
         """tokens (B, L), labels (B,) -> the loss in nats per token, a scalar, and figures."""
@@ -177,9 +158,10 @@ class TransformerStage(nn.Module):
         n = 8 if config.size <= 128 else 2
         for label in range(min(10, self.var.num_classes)):
             maps = self.var.generate(self.vae, [label] * n, seed=label, **config.sampling)
+            maps[-1] = maps[-1].clamp_min(0)    # -1 after an overflow, which later steps can mend
             rows.append(to_uint8(self.vae.decode(maps)))                    # (n, H, W, 3)
         save_image(config.out / 'samples.png', make_grid(rows))
-        tokens, labels = self.fetch_rows(self.val_set, range(len(self.val_set[0])))
+        tokens, labels = (torch.from_numpy(x.astype(np.int64)) for x in self.val_set)
         return grade_transformer(self.vae, self.var, tokens, labels, config.device)
 
 
@@ -218,8 +200,8 @@ def part_of(batch):
 
 
 def gradients(stage, step, batch, scaler):
-    """The gradients of this process's part of a batch, by micro-batches. Returns its part of the
-    mean loss, and figures of the last micro-batch, as scalars on the device."""
+    """Seeds a step, and computes the gradients of this process's part of a batch, by micro-batches.
+    Returns its part of the mean loss, and figures of the last one, as scalars on the device."""
     config, rank = stage.config, rank_and_world()[0]
     torch.manual_seed(seed_of(config.seed, stage.number, step, rank))
     stage.zero_grad()
@@ -260,7 +242,7 @@ def train_stage(stage, state):
     in_float16 = choose_precision(device, config.precision) == 'float16'
     scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
     if state['optimizer']:
-        for name, module in stage.learned().items():
+        for name, module in stage.learned.items():
             fill(module, state[name], 'ckpt.pt')
         optimizer.load_state_dict(state['optimizer'])
         if state['scaler']:                                     # the precision can have changed
@@ -279,7 +261,7 @@ def train_stage(stage, state):
                             '--tokenizer-lr, or with --precision float32')
 
     def save(step):
-        modules = {name: module.state_dict() for name, module in stage.learned().items()}
+        modules = {name: module.state_dict() for name, module in stage.learned.items()}
         state.update(modules, step=step, optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict())
         write_state(state, config)
@@ -290,6 +272,7 @@ def train_stage(stage, state):
         # Evaluate and save. One process does, and the others wait for its next step.
         if rank == 0 and step > start:
             if step % max(1, stage.steps // 5) == 0:
+                check()
                 evaluate(stage, step)
             if time.monotonic() > saved_at + SAVE_EVERY:
                 check()
@@ -337,13 +320,16 @@ def train_stage(stage, state):
 def write_state(state, config):
     """Writes ckpt.pt, in the first process: state, and the settings of the run."""
     if rank_and_world()[0] == 0:
-        whole = {**state, 'config': saved(config)}
+        kept = {name: value for name, value in vars(config).items() if name not in NOT_SAVED}
+        whole = {**state, 'config': kept}
         write_file(config.out / 'ckpt.pt', lambda f: torch.save(whole, f))
 
 
 def begin(given, path):
     """A new run in path, ckpt.pt: (config, data, vae, var, state). UserError if one is there."""
-    config = make_config(given)
+    config, was_there = make_config(given), path.exists()
+    if config.tokenizer == 'train' and config.perceptual:
+        fetch(*VGG)                             # no later than this
     data = read_data(config)
     if 'steps' not in given:                    # each image at most 300 times
         config.steps = min(config.steps, 300 * len(data.train[1]) // config.batch)
@@ -356,7 +342,7 @@ def begin(given, path):
         try:
             # Of two runs that begin at once, the second finds the file of the first. An empty file
             # is of a run that was killed right here, and --resume begins it.
-            path.open('ab' if given.get('resume') else 'xb').close()
+            path.open('ab' if given.get('resume') and was_there else 'xb').close()
         except FileExistsError as e:
             raise UserError(f'{path} is there: --resume goes on with that run; or choose another '
                             '--out, or move it away') from e
@@ -378,7 +364,7 @@ def go_on(given, path):
         data = read_data(config)
         if [data.classes, data.counts] != [state['classes'], state['counts']]:
             raise UserError(f'--data {config.data}: its classes or its number of images have '
-                            'changed since this run began')
+                            'changed since this run began: begin another one')
     vae, var = build(config, state['classes'])
     fill(vae, state['vae'], path)
     fill(var, state['var'], path)
@@ -390,9 +376,9 @@ def train_tokenizer(config, data, vae, state):
     side, (rank, world) = round(config.zoom * config.size), rank_and_world()
     items, labels = data.val
     graded = spread(len(items), GRADED)
-    sets = {'train': data.train, 'val': ([items[row] for row in graded], labels[graded])}
+    sets = {'val': ([items[row] for row in graded], labels[graded]), 'train': data.train}
     if config.tokenizer == 'train':
-        gigabytes = 4e-9 * len(data.train[1]) * side ** 2
+        gigabytes = 4.5e-9 * sum(data.counts) * side ** 2       # photographs of 3:2
         tell(f'the images are read once, into about {gigabytes:.2g} GB in {config.out}')
         sets = {name: store_images(*pair, side, config.out, name) for name, pair in sets.items()}
         train_stage(TokenizerStage(config, vae, sets['train'][0], sets['val'][0]), state)
@@ -412,7 +398,7 @@ def train_tokenizer(config, data, vae, state):
 
 def main():
     given = parse(__doc__)
-    device = pick_device(given.get('device'))   # joins the other processes as well
+    given['device'] = pick_device(given.get('device'))          # joins the other processes as well
     path = given.get('out', Path()) / 'ckpt.pt'
     starts = begin
     if given.get('resume'):
@@ -420,10 +406,10 @@ def main():
             starts = go_on
         else:
             tell(f'{path} is not there, or empty: a new run begins')
+    agree(starts.__name__, 'ckpt.pt')
     config, data, vae, var, state = starts(given, path)
-    config.device = device
-    tell(f'scales {config.patch_nums}; {rank_and_world()[1]} x {device}, '
-         f'{choose_precision(device, config.precision)}')
+    tell(f'scales {config.patch_nums}; {rank_and_world()[1]} x {config.device}, '
+         f'{choose_precision(config.device, config.precision)}')
 
     if state['stage'] == 'tokenizer':
         train_tokenizer(config, data, vae, state)

@@ -65,13 +65,14 @@ def read_checkpoint(path, tokenizer=None):
     transformer needs. UserError for other files, and if a tokenizer is missing or is there twice.
     """
     ckpt = read_file(path)
-    if 'trainer' in ckpt:                                       # of the official trainer
-        ckpt = of_release(ckpt['trainer']['vae_local'], ckpt['trainer']['var_wo_ddp'])
-    elif 'lvl_1L' in ckpt:                                      # a released transformer
+    nested = ckpt.get('trainer', {})                            # of the official trainer
+    if {'vae_local', 'var_wo_ddp'} <= {*nested}:
+        ckpt = of_release(nested['vae_local'], nested['var_wo_ddp'])
+    elif {'lvl_1L', 'class_emb.weight'} <= {*ckpt}:             # a released transformer
         ckpt = of_release(None, ckpt)
     elif 'quantize.embedding.weight' in ckpt:                   # a released tokenizer
         ckpt = of_release(ckpt, None)
-    elif not {'config', 'classes', 'stage', 'vae', 'var'} <= {*ckpt}:
+    elif not ({'config', 'stage', 'vae', 'var'} <= {*ckpt} and 'network' in ckpt['config']):
         raise UserError(f'{path} is no checkpoint of train.py, and no released one')
     if tokenizer and ckpt['vae']:
         raise UserError(f'{path} has a tokenizer of its own: leave out --tokenizer {tokenizer}')
@@ -106,7 +107,7 @@ def load(path, tokenizer=None):
     ckpt = read_checkpoint(path, tokenizer)
     ckpt['config'].setdefault('patch_nums', RECIPES['patch_nums'][-1])
     vae, var = build(Namespace(**ckpt['config']), ckpt['classes'])
-    fill(vae, ckpt['vae'], path)
+    fill(vae, ckpt['vae'], tokenizer or path)
     if ckpt['stage'] == 'tokenizer':
         return vae.eval(), None, ckpt
     fill(var, ckpt['var'], path)
@@ -136,7 +137,7 @@ def start_from(config, given, classes):
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
         setattr(config, name, value)
     vae, var = build(config, classes)
-    fill(vae, ckpt['vae'], path)
+    fill(vae, ckpt['vae'], tokenizer if is_second else path)
     if has_var:
         table, old = var.class_emb.weight.detach().clone(), ckpt['var']['class_emb.weight']
         indices = match_classes(classes, ckpt['classes'])

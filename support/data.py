@@ -201,7 +201,7 @@ def choose_classes(asked, names):
     for name in asked:
         if name not in known:
             raise UserError(f'--classes {name}: no such class; there are {", ".join(names[:12])}')
-    return asked or names
+    return list(dict.fromkeys(asked)) or names                  # each once
 
 
 def spread(N, n):
@@ -226,38 +226,37 @@ def step_rows(n, batch, seed, start, stop):
 
 
 def read_tokens(folder):
-    """tokens.npz in a folder: for training and for validation, tokens uint16 (N, views, L) and
-    labels int64 (N,)."""
+    """tokens.npz in a folder: for training and for validation, tokens uint16 (N, L) and labels
+    int64 (N,). Each view of an image is a row."""
     with np.load(folder / 'tokens.npz') as f:
         return (f['train'], f['train_labels']), (f['val'], f['val_labels'])
 
 
 @torch.no_grad()
-def tokenize(vae, chunks, config, views=1):
-    """The tokens of images, uint16 (N, views, L), and the indices of the images, int64 (N,), which
-    rise: of those of all processes, in the first one. The others get None.
+def tokenize(vae, chunks, config, views):
+    """The tokens of images, uint16 (N, L), and for each row the index of its image, int64 (N,),
+    which rises: of those of all processes, in the first one. The others get None.
 
-    chunks: lists of (row, image), as read_images() yields them. The first view is the centre crop,
-    the others are random ones; with flip, every second view is mirrored.
+    chunks: lists of (row, image), as read_images() yields them. The first view of an image is the
+    centre crop, the others are random ones; with flip, every second view is mirrored.
     """
     size, B = vae.image_size, batch_size(vae.image_size)
-    tokens, rows = [], []
+    tokens, rows = [np.empty((0, sum(p * p for p in vae.patch_nums)), np.uint16)], []
     for chunk in chunks:
         crops = []
         for row, image in chunk:
-            rows.append(row)
             for view in range(views):
                 rng = np.random.default_rng((config.seed, view, row))
                 pixels = crop(image, size, rng.random(2)) if view > 0 else crop(image, size)
                 crops.append(pixels[:, ::-1] if config.flip and view % 2 else pixels)
+                rows.append(row)
         for start in range(0, len(crops), B):
             images = torch.from_numpy(np.stack(crops[start:start + B])).to(config.device)
-            tokens.append(torch.cat(vae.encode(to_tensor(images)), dim=1).cpu())    # (B, L)
-    L = sum(p * p for p in vae.patch_nums)
-    tokens = torch.cat([torch.empty(0, L, dtype=torch.int64), *tokens])
-    parts = gather((tokens.numpy().astype(np.uint16).reshape(-1, views, L), np.array(rows, int)))
+            maps = vae.encode(to_tensor(images))                            # K of (B, l)
+            tokens.append(torch.cat(maps, dim=1).cpu().numpy().astype(np.uint16))   # (B, L)
+    parts = gather((np.concatenate(tokens), np.array(rows, np.int64)))
     if parts is None:
         return None
     tokens, rows = (np.concatenate(values) for values in zip(*parts))
-    order = rows.argsort()
+    order = rows.argsort(kind='stable')         # the views of an image stay in order
     return tokens[order], rows[order]

@@ -12,12 +12,6 @@ import torch.nn.functional as F
 from support.images import batch_size, crop, to_tensor, to_uint8
 
 
-def psnr(images, others):
-    """PSNR in dB of each image: (B, 3, H, W) in [-1, 1], twice -> (B,)."""
-    mse = (images - others).square().mean((1, 2, 3))
-    return -10 * (mse / 4).clamp_min(1e-10).log10()                 # peak to peak is 2
-
-
 @torch.no_grad()
 def grade_tokenizer(vae, chunks, device, rebuilt=None):
     """Grades the tokenizer on the centres of images: chunks are lists of (row, image), as
@@ -36,7 +30,8 @@ def grade_tokenizer(vae, chunks, device, rebuilt=None):
             a = to_tensor(torch.from_numpy(np.stack(part)).to(device))      # (B, 3, H, W)
             maps = vae.encode(a)                                            # K of (B, l)
             b = vae.decode(maps)                                            # (B, 3, H, W)
-            decibels.append(psnr(a, b).cpu())                               # (B,)
+            mse = (a - b).square().mean((1, 2, 3)).clamp_min(1e-10)         # (B,)
+            decibels.append(-10 * (mse / 4).log10().cpu())                  # peak to peak is 2
             tokens.append(torch.cat(maps, dim=1).cpu())                     # (B, L)
             if rebuilt is not None:
                 rebuilt.append(to_uint8(b))

@@ -5,7 +5,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,13 +23,11 @@ def open_image(path, size, behind='white'):
     Raises UserError if Pillow cannot read the whole of it, or for more than 8 bits per channel.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            with Image.open(path) as image:
-                # Pillow reads 16-bit colours as 8 bits, and 12-bit ones in them as nearly black.
-                deep = image.mode[0] in 'IF' or re.search(';16[BLN]', str(image.tile))
-                image.draft('RGB', (2 * size, 2 * size))    # lets the JPEG decoder skip detail
-                image = ImageOps.exif_transpose(image)      # cameras note which side is up
+        with Image.open(path) as image:
+            # Pillow reads 16-bit colours as 8 bits, and 12-bit ones in them as nearly black.
+            deep = image.mode[0] in 'IF' or re.search(';16[BLN]', str(image.tile))
+            image.draft('RGB', (2 * size, 2 * size))            # lets the decoder skip detail
+            image = ImageOps.exif_transpose(image)              # cameras note which side is up
         if deep:
             raise ValueError('more than 8 bits per channel: convert it to 8 bits')
         if image.has_transparency_data:
@@ -68,7 +65,8 @@ def read_images(items, rows, side, what='images read'):
     """Reads the images of `items` with the indices `rows`: paths, or arrays uint8 (h, w, 3).
 
     Yields lists of (row, uint8 (h, w, 3)), fitted to `side`. Those that cannot be read are left
-    out, and the first ten are named; UserError in the end if they are more than one in a hundred.
+    out, and the first ten are named; UserError once they are more than one, and more than one in a
+    hundred of all, or none can be read.
     """
     def read(row):
         item = items[row]
@@ -79,21 +77,23 @@ def read_images(items, rows, side, what='images read'):
             return row, e
 
     failed, began = 0, time.monotonic()
-    with ThreadPoolExecutor() as pool:              # Pillow decodes and resizes outside of the GIL
+    # Pillow decodes and resizes outside of the GIL.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter('ignore')                         # of Pillow, on odd files
         for start in range(0, len(rows), 500):
             found, images = list(pool.map(read, rows[start:start + 500])), []
             for row, image in found:
                 if isinstance(image, UserError):
                     failed += 1
                     if failed <= 10:
-                        print(f'left out: {image}', flush=True)
+                        print(f'\nleft out: {image}', flush=True)
                 else:
                     images.append((row, image))
+            if failed > max(1, len(rows) / 100) or failed == len(rows):
+                raise UserError(f'{failed} of {start + len(found)} images cannot be read, more '
+                                f'than one in a hundred of {len(rows)}: repair or remove them')
             yield images
             progress(what, start + len(found), len(rows), began)
-    if failed > len(rows) / 100:
-        raise UserError(f'{failed} of {len(rows)} images cannot be read, more than one in a '
-                        'hundred: repair or remove them')
 
 
 def store_images(items, labels, side, folder, name):
@@ -102,7 +102,7 @@ def store_images(items, labels, side, folder, name):
 
     The arrays are mapped into memory from a file in a folder, which the first process of a machine
     writes and all of its processes map. It has lost its name when this returns: it cannot be stale,
-    and is gone when the run ends.
+    and is gone when the run ends (on Windows the next run replaces it).
     """
     path, found = folder / f'.{name}-{rank_and_world()[0] - local_rank()}', []
 
@@ -118,7 +118,7 @@ def store_images(items, labels, side, folder, name):
     if dist.is_initialized():
         dist.broadcast_object_list(of_first, 0)
     wait_for_all()                              # until every machine has its file
-    rows, *shapes = np.array(of_first[0]).T                                 # (N,) each
+    rows, *shapes = np.array(of_first[0], np.int64).T                       # (N,) each
     ends = np.prod(shapes, axis=0).cumsum()                                 # (N,)
     pixels = np.asarray(np.memmap(path, np.uint8, 'r'))
     if len(pixels) != ends[-1]:

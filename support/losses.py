@@ -58,23 +58,17 @@ class PerceptualLoss(nn.Module):
         return sum(distances) / len(distances)
 
 
-class PatchDiscriminator(nn.Sequential):
-    """(B, 3, H, W) -> (B, 1, H/8, W/8): a score per patch, above 0 for real, below for rebuilt."""
-
-    def __init__(self, ch=64):
-        layers = [nn.Conv2d(3, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for c in (ch, 2 * ch):
-            layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), group_norm(2 * c), nn.LeakyReLU(0.2)]
-        super().__init__(*layers, conv3x3(4 * ch, 1))
-
-
 class AdversarialLoss(nn.Module):
     """lambda_G L_G of (5), with VQGAN's lambda_G, and the hinge loss of a patch discriminator."""
 
     def __init__(self, share):
         super().__init__()
         self.share = share
-        self.disc = PatchDiscriminator()
+        # (B, 3, H, W) -> (B, 1, H/8, W/8): a score per patch, above 0 for real, below for rebuilt.
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c in (64, 128):
+            layers += [nn.Conv2d(c, 2 * c, 4, 2, 1), group_norm(2 * c), nn.LeakyReLU(0.2)]
+        self.disc = nn.Sequential(*layers, conv3x3(256, 1))
 
     def forward(self, images, rebuilt, others, last_layer):
         """The loss to minimise, of tokenizer and discriminator at once, and lambda_G; scalars.

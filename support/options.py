@@ -137,7 +137,7 @@ def parse(description):
         if values:
             columns = (str(value).strip('()').replace(' ', '') for value in values)
             help += f' [{"; ".join(columns)}]'
-        if 'action' not in how:
+        if not {'action', 'choices'} & {*how}:
             how |= dict(type=kind, metavar='X')
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **how)
 
@@ -186,18 +186,15 @@ def make_config(given):
         **{**DEFAULTS, **recipe, 'out': Path(), **given, 'size': size}))
 
 
-def check_batches(config):
-    """Returns the config. UserError if the processes cannot share the batches of such a run."""
+def check_batches(config, stage='tokenizer'):
+    """Returns the config. UserError if the processes cannot share the batches that are left."""
     _, world = rank_and_world()
-    if config.batch % world or config.tokenizer_batch % world:
-        raise UserError(f'--batch {config.batch} and --tokenizer-batch {config.tokenizer_batch} '
-                        f'must be multiples of the {world} processes')
+    has_stage_1 = stage == 'tokenizer' and config.tokenizer == 'train'
+    for batch in (config.batch, config.tokenizer_batch if has_stage_1 else 0):
+        if batch % world:
+            raise UserError(f'a batch of {batch} images must be a multiple of the {world} '
+                            'processes: --batch, --tokenizer-batch')
     return config
-
-
-def saved(config):
-    """The settings that a checkpoint states, a dict."""
-    return {name: value for name, value in vars(config).items() if name not in NOT_SAVED}
 
 
 def resume_config(given, ckpt):
@@ -210,22 +207,19 @@ def resume_config(given, ckpt):
         if name not in NOT_SAVED and value != before and (over or name not in CHANGEABLE):
             raise UserError(f'--{name.replace("_", "-")} {value}: the run in {config.out} has '
                             f'{before}, and --resume cannot change it')
-    return check_batches(config)
-
-
-def classes_of(asked, names):
-    """Indices of classes that are asked for by name, index, or as 'all'. UserError for others."""
-    meaning = {'all': range(len(names))}
-    meaning.update((str(i), [i]) for i in range(len(names)))
-    meaning.update((name, [i]) for i, name in enumerate(names))     # a folder may be called 7
-    for word in asked:
-        if word not in meaning:
-            raise UserError(f'--cls {word}: no such class; there are all, 0 to {len(names) - 1}, '
-                            f'{", ".join(names[:12])}')
-    return [i for word in asked for i in meaning[word]]
+    return check_batches(config, ckpt['stage'])
 
 
 def labels_of(args, ckpt, otherwise):
-    """The labels (N,) of --n images of each class of --cls, or of the classes `otherwise`."""
-    classes = classes_of(args.cls, ckpt['classes']) if args.cls else otherwise
-    return torch.tensor(list(classes)).repeat_interleave(args.n)
+    """The labels (N,) of --n images of each class of --cls: names, indices, or 'all'. Without it of
+    the classes `otherwise`. UserError for unknown ones."""
+    names = ckpt['classes']
+    meaning = {'all': range(len(names)), **{str(i): [i] for i in range(len(names))}}
+    meaning.update((name, [i]) for i, name in enumerate(names))     # a folder may be called 7
+    classes = [] if args.cls else list(otherwise)
+    for word in args.cls or ():
+        if word not in meaning:
+            raise UserError(f'--cls {word}: no such class; there are all, 0 to {len(names) - 1}, '
+                            f'{", ".join(names[:12])}')
+        classes += meaning[word]
+    return torch.tensor(classes).repeat_interleave(args.n)

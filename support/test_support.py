@@ -27,7 +27,7 @@ import evaluate
 import reject
 import sample
 import train
-from conftest import HERE, TINY, go, models, read_ckpt, same, write_images
+from conftest import HERE, TINY, go, models, read_ckpt, refill, same, write_images
 from raster import Raster
 from support import checkpoints, data, images, options
 from support import run as running
@@ -71,8 +71,7 @@ def test_released_files(released, tmp_path):
             assert ckpt['config']['sampling'] == dict(cfg=1.5, top_k=900, top_p=0.96)
 
 
-# A pixel of 16 bits per colour, which Pillow does not write.
-DEEP = {
+DEEP = {                                        # of 16 bits per colour: Pillow writes none
     'deep.png': 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABEAIAAADA54+dAAAAC0lEQVR4nGNgAAMAAAcAAbKGrPQAAAAA'
                 'SUVORK5CYII=',
     'deep.tif': 'SUkqAAgAAAAHAAABAwABAAAAAQAAAAEBAwABAAAAAQAAAAIBAwADAAAAYgAAAAYBAwABAAAAAgAA'
@@ -223,7 +222,8 @@ def test_names_of_classes(tmp_path, monkeypatch):
     assert {*found.val[1]} == {0, 1} and not {*items} & {*found.val[0]}
     for words, classes in ((['2'], ['2']), (['3'], names), (['cat', '2'], ['cat', '2'])):
         assert read('--data', './cifar10', '--classes', *words).classes == classes
-    assert options.classes_of(['dog, hot', '2', '1', 'all'], names) == [2, 0, 1, 0, 1, 2]
+    asked = Mock(cls=['dog, hot', '2', '1', 'all'], n=1)
+    assert options.labels_of(asked, {'classes': names}, ()).tolist() == [2, 0, 1, 0, 1, 2]
 
 
 def test_cifar10(tmp_path):
@@ -234,6 +234,9 @@ def test_cifar10(tmp_path):
         for name, content in zip(names, [*records, b'a b c d e f g h i j']):
             (tmp_path / name).write_bytes(bytes(content))
             tar.add(tmp_path / name, f'cifar-10-batches-bin/{name}')
+    with pytest.raises(UserError, match='cannot fetch.*bring it to'):       # by its checksum
+        checkpoints.fetch((tmp_path / 'x.tar.gz').as_uri(), '0' * 64, tmp_path / 'bad')
+    assert not os.listdir(tmp_path / 'bad')
     found, labels, classes = data.cifar10(tmp_path / 'x.tar.gz')
     assert classes == list('abcdefghij') and labels.tolist() == [*range(9, -1, -1)] * 6
     assert found[57, 5, 7].tolist() == [records[5, 7, 1 + c * 1024 + 5 * 32 + 7] for c in range(3)]
@@ -266,9 +269,9 @@ def test_stored_tokens():
     items = list(rng.integers(0, 256, (6, 10, 16, 3), dtype=np.uint8))
     chunks = [list(zip((0, 1, 2), items)), [], list(zip((5, 7, 8), items[3:]))]
     tokens, rows = data.tokenize(vae, chunks, make_config(dict(flip=True, device='cpu')), views=3)
-    assert rows.tolist() == [0, 1, 2, 5, 7, 8] and tokens.dtype == np.uint16
+    assert rows[::3].tolist() == [0, 1, 2, 5, 7, 8] and tokens.dtype == np.uint16
     corners = [(y, x) for y in range(3) for x in range(9)]
-    for image, views in zip(items, tokens, strict=True):
+    for image, views in zip(items, tokens.reshape(6, 3, -1), strict=True):
         for view, row in enumerate(views):
             crops = np.stack([image[y:y + 8, x:x + 8] for y, x in corners])
             crops = crops[:, :, ::-1].copy() if view == 1 else crops
@@ -283,7 +286,7 @@ def test_processes_see_the_same_images(monkeypatch):
         get_rank=lambda: 0, get_world_size=lambda: 3, gather_object=lambda x, parts: (
             parts.__setitem__(slice(3), [x, [x[0] - 1, x[1]], x]))))
     monkeypatch.setattr(data, 'read_folder', lambda root: ({'a': ['1', '2']}, {'a': ['3']}, 'val/'))
-    with pytest.raises(UserError, match='--batch 16 .* of the 3 processes'):
+    with pytest.raises(UserError, match='batch of 16 .* of the 3 processes'):
         make_config({})
     with pytest.raises(UserError, match='do not see the same .*2, 1.*1, 1.*2, 1'):
         data.read_data(make_config(dict(data='x', batch=3, tokenizer_batch=3)))
@@ -308,7 +311,6 @@ def test_how_a_run_begins(trained, tmp_path, monkeypatch):
     os.unlink(new)
     go(tmp_path, train, '--resume', '--tokenizer-steps', 2)
     assert {*read_log(tmp_path / 'log.csv')['tokenizer', 'train loss']} == {0, 1}
-    go(tmp_path, sample)
     words = '--data', 'images', *TINY, '--tokenizer-steps', 0, '--steps', 0, '--out', 'new'
     assert 'a new run begins' in go(tmp_path, train, *words, '--resume')
     assert {*os.listdir(tmp_path / 'new')} == {'ckpt.pt', 'tokens.npz', 'log.csv', 'samples.png',
@@ -373,12 +375,12 @@ def test_sample(trained, tmp_path):
     assert Image.open(tmp_path / 'a.png').size == (34 * 3 - 2, 34 * 2 - 2)
     assert Image.open(tmp_path / 'b.png').size == (34 * 4 - 2, 34 * 6 - 2)
     vae, var, ckpt = checkpoints.load(trained / 'ckpt.pt')
+    ckpt['var'] = refill(var).state_dict()                      # classes and guidance have a say
     for name in ('float32', 'bfloat16'):                        # the default is that of the run
         ckpt['config']['precision'] = name
         torch.save(ckpt, tmp_path / 'other.pt')
         draw(*'--ckpt other.pt --cls all --n 40 --seed 7 --cfg 0 --top-k 3 --npz a.npz'.split())
-        with np.load(tmp_path / 'a.npz') as f:                  # as the evaluators read it
-            drawn, labels = f['arr_0'], f['arr_1']
+        drawn, labels = np.load(tmp_path / 'a.npz').values()    # arr_0, and arr_1
         order = np.random.default_rng(7).permutation(80)
         assert labels.tolist() == np.array([0] * 40 + [1] * 40)[order].tolist() != sorted(labels)
         for i, part in enumerate((slice(50), slice(50, 80))):   # it holds what Python draws
@@ -402,8 +404,11 @@ def test_edit(trained, tmp_path):
     mask.save(tmp_path / 'mask.png')
     shown = mask.getchannel('A').resize((40, 40)).resize((32, 32), Image.LANCZOS)
     kept = np.asarray(shown) <= 127
-    words = ('--ckpt', trained / 'ckpt.pt', '--n', 2, '--cls', 'cat', '--cfg', 2, '--out', 'a.png',
-             '--mask', 'mask.png', trained / 'images' / 'dog' / '1 é.png')
+    vae, var, ckpt = checkpoints.load(trained / 'ckpt.pt')
+    ckpt['var'] = refill(var).state_dict()                      # classes and guidance have a say
+    torch.save(ckpt, tmp_path / 'ckpt.pt')
+    words = (trained / 'images' / 'dog' / '1 é.png', '--mask', 'mask.png', '--out', 'a.png',
+             '--n', 2, '--cls', 'cat', '--cfg', 2)
 
     def tiles(*more):
         """The photograph, what is kept of it, and two results."""
@@ -413,7 +418,6 @@ def test_edit(trained, tmp_path):
 
     photo, masked, *drawn = tiles()
     assert (masked[~kept] == 128).all() and np.array_equal(masked[kept], photo[kept])
-    vae, var, ckpt = checkpoints.load(trained / 'ckpt.pt')
     given = vae.encode(to_tensor(photo[None].copy()))
     keep = torch.from_numpy(kept.reshape(8, 4, 8, 4).all((1, 3)))
     maps = var.generate(vae, [0, 0], **{**ckpt['config']['sampling'], 'cfg': 2}, given=given,
@@ -491,12 +495,11 @@ def test_evaluate(trained, tmp_path):
     assert evaluate.frechet_distance(x, 3 * x + 1) == pytest.approx(want.item(), rel=1e-4)
 
 
-class Evil:
-    def __reduce__(self):
-        return Path.touch, (Path('touched'),)
-
-
 def test_bad_input_gets_one_line_and_status_2(trained, released, monkeypatch, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (Path('touched'),)
+
     touch(tmp_path, *(f'broken/cat/{i}.jpg' for i in range(3)), 'archive/top/train/a/1.jpg')
     whole = (trained / 'ckpt.pt').read_bytes()
     (tmp_path / 'cut.pt').write_bytes(whole[:len(whole) // 2])
@@ -519,9 +522,9 @@ def test_bad_input_gets_one_line_and_status_2(trained, released, monkeypatch, tm
         (train, ['--data', 'broken', *TINY, '--out', 'a'], 'more than one in a hundred'),
         (train, [*new, '--classes', 'cat', 'cow'], '--classes cow: no such class'),
         (train, [*new, '--size', 48], 'images of 32 px'),
-        (train, ['--vocab-size', 2 ** 16 + 1], 'from 2 to 65536'),
-        (train, ['--lr', 'nan'], 'out of range'),
-        (train, ['--device', 'cuda'], '--device cuda'),
+        (train, [*new, '--vocab-size', 2 ** 16 + 1], 'from 2 to 65536'),
+        (train, [*new, '--lr', 'nan'], 'out of range'),
+        (train, [*new, '--device', 'cuda'], '--device cuda'),
         (train, [*new, '--out', 'b', '--perceptual', 1], 'VGG-16'),
         (train, [*new, '--tokenizer', 'var.pth'], 'has no tokenizer'),
         (train, [*new, '--init', trained / 'ckpt.pt', '--depth', 2], 'ckpt.pt has 1'),
@@ -570,12 +573,12 @@ def test_support_is_loaded_before_torch(monkeypatch):
         if 'run(main)' in text:
             ours = [name for name in imported if name in ('torch', 'support', 'train', 'sample')]
             assert ours[0] == 'support', path
-    for user, want in (('ACTIVE', 'ACTIVE'), (None, 'PASSIVE')):
-        monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
-        if user:
-            monkeypatch.setenv('OMP_WAIT_POLICY', user)
-        importlib.reload(support)
-        assert os.environ['OMP_WAIT_POLICY'] == want
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'ACTIVE')
+    importlib.reload(support)
+    assert os.environ['OMP_WAIT_POLICY'] == 'ACTIVE'
+    monkeypatch.delenv('OMP_WAIT_POLICY')
+    importlib.reload(support)
+    assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'
 
 
 def test_readme(trained, tmp_path, monkeypatch):
@@ -595,8 +598,7 @@ def test_readme(trained, tmp_path, monkeypatch):
     shutil.copy(trained / 'ckpt.pt', tmp_path)
     monkeypatch.chdir(tmp_path)
     Image.new('RGB', (40, 50), 'red').save('photo.jpg')
-    blocks = re.findall(r'```python\n(.*?)```', text, re.S)
-    assert blocks
+    assert (blocks := re.findall(r'```python\n(.*?)```', text, re.S))
     for block in blocks:
         exec(block, {})
 
