@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from support.checkpoints import load
-from support.images import batch_size, make_grid, save_image, to_uint8
-from support.options import (a_count, add_shared, at_least_1, labels_of, make_parser,
-                             new_picture, number)
-from support.run import (UserError, gather, pick_device, precision, progress, rank_and_world, run,
+from support.images import images_per_pass, make_grid, save_image, to_uint8
+from support.options import (a_count, add_shared, at_least_1, labels_of, make_parser, new_picture,
+                             number)
+from support.run import (UserError, autocast, gather, pick_device, progress, rank_and_world, run,
                          seed_of, tell, write_file)
 
 
-def load_both(device, path, tokenizer=None):
+def load_for_sampling(device, path, tokenizer=None):
     """load(), on a device. UserError before stage 2."""
     vae, var, ckpt = load(path, tokenizer)
     if var is None:
@@ -45,7 +45,7 @@ def draw_all(vae, generate, labels, seed, precision_name=None, batch=None, scale
     """
     (rank, world), began = rank_and_world(), time.monotonic()
     device, H = vae.quantize.embedding.weight.device, vae.image_size
-    batches = labels.split(batch or batch_size(H))
+    batches = labels.split(batch or images_per_pass(H))
     frames = None
     if rank == 0:                               # 50,000 images of 256 px take 10 GB
         frames = np.empty((len(labels), len(vae.patch_nums) if scales else 1, H, H, 3), np.uint8)
@@ -53,7 +53,7 @@ def draw_all(vae, generate, labels, seed, precision_name=None, batch=None, scale
     for first in range(0, len(batches), world):                 # a batch for each process
         drawn, is_finite = None, True
         if first + rank < len(batches):
-            with precision(device, precision_name):
+            with autocast(device, precision_name):
                 index = first + rank
                 maps = generate(labels=batches[index].to(device), seed=seed_of(seed, index))
                 is_finite = bool((maps[-1] >= 0).all())         # VAR.generate
@@ -101,7 +101,7 @@ def main():
     add('--out', type=new_picture, default='samples.png', help='the sheet, a row per class')
     add('--scales', type=new_picture, help='also a sheet of the images growing scale by scale')
     args = parser.parse_args()
-    vae, var, ckpt = load_both(pick_device(args.device), args.ckpt, args.tokenizer)
+    vae, var, ckpt = load_for_sampling(pick_device(args.device), args.ckpt, args.tokenizer)
     options = {**ckpt['config']['sampling'], **{
         name: value for name, value in vars(args).items()
         if name in ('cfg', 'top_k', 'top_p') and value is not None}}

@@ -39,16 +39,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoints import build, fetch, fill, read_checkpoint, read_file, start_from
+from support.checkpoints import build, fetch, load_weights, read_checkpoint, read_file, start_from
 from support.data import read_data, read_tokens, spread, step_rows, tokenize
 from support.grade import grade_tokenizer, grade_transformer
-from support.images import (batch_size, crop, make_grid, read_images, save_image, store_images,
+from support.images import (crop, images_per_pass, make_grid, read_images, save_image, store_images,
                             to_tensor, to_uint8)
 from support.losses import VGG, AdversarialLoss, PerceptualLoss
 from support.options import NOT_SAVED, make_config, parse, resume_config
-from support.run import (UserError, agree, all_reduce, choose_precision, mend_log,
-                         pick_device, precision, rank_and_world, run, seed_of, show, tell,
-                         use_compiler, wait_for_all, write_file, write_log)
+from support.run import (UserError, agree, all_reduce, autocast, choose_precision, mend_log,
+                         pick_device, rank_and_world, run, seed_of, show, tell, use_compiler,
+                         wait_for_all, write_file, write_log)
 
 SAVE_EVERY = 300        # seconds from one ckpt.pt to the next
 GRADED = 1000           # validation images, at most
@@ -111,7 +111,7 @@ class TokenizerStage(nn.Module):
         px), and below each its reconstructions from the first, the first two, ... and all scales.
         """
         vae, config, N = self.vae, self.config, len(self.val_set)
-        few = spread(N, min(8, batch_size(config.size)))
+        few = spread(N, min(8, images_per_pass(config.size)))
         images = np.stack([crop(self.val_set[row], config.size) for row in few])    # (n, H, W, 3)
         x = to_tensor(torch.from_numpy(images).to(config.device))           # (n, 3, H, W)
         rows = [images, *(to_uint8(x_k) for x_k in vae.decode_scales(vae.encode(x)))]
@@ -208,7 +208,7 @@ def gradients(stage, step, batch, scaler):
     total = 0.
     for start in range(0, len(batch[0]), stage.micro_batch):
         part = [x[start:start + stage.micro_batch] for x in batch]
-        with precision(config.device, config.precision):
+        with autocast(config.device, config.precision):
             loss, figures = stage(step, *part)
         # The parts add up to the mean over the batch of all processes.
         loss = loss * len(part[0]) / stage.batch
@@ -221,7 +221,7 @@ def evaluate(stage, step):
     """Evaluates a stage, in the first process alone."""
     config = stage.config
     # Blocks that were compiled for training would be compiled anew for the shapes of sampling.
-    with precision(config.device, config.precision), torch.compiler.set_stance('force_eager'):
+    with autocast(config.device, config.precision), torch.compiler.set_stance('force_eager'):
         graded = stage.eval().evaluate()
     stage.train()                               # label dropout and stochastic depth are on again
     write_log(config.out / 'log.csv', stage.name, step, graded)
@@ -243,7 +243,7 @@ def train_stage(stage, state):
     scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
     if state['optimizer']:
         for name, module in stage.learned.items():
-            fill(module, state[name], 'ckpt.pt')
+            load_weights(module, state[name], 'ckpt.pt')
         optimizer.load_state_dict(state['optimizer'])
         if state['scaler']:                                     # the precision can have changed
             scaler.load_state_dict(state['scaler'])
@@ -366,8 +366,8 @@ def go_on(given, path):
             raise UserError(f'--data {config.data}: its classes or its number of images have '
                             'changed since this run began: begin another one')
     vae, var = build(config, state['classes'])
-    fill(vae, state['vae'], path)
-    fill(var, state['var'], path)
+    load_weights(vae, state['vae'], path)
+    load_weights(var, state['var'], path)
     return config, data, vae, var, state
 
 

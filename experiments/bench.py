@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 
 from raster import Raster
 from support.options import add_shared, at_least_1, make_parser, new_picture
-from support.run import choose_precision, pick_device, precision, run, tell
+from support.run import autocast, choose_precision, pick_device, run, tell
 from tokenizer import VQVAE
 from var import VAR
 
@@ -76,7 +76,7 @@ def training(vae, d, B, device, compiled):
     targets = torch.cat(maps, dim=1)                                        # (B, L)
 
     def step():
-        with precision(device):
+        with autocast(device):
             _, loss = var(labels, x, targets)
         loss.backward()
         var.zero_grad()
@@ -96,7 +96,7 @@ def sampler(vae, d, B, device):
     labels = torch.arange(B, device=device) % var.num_classes               # (B,)
 
     def generate():
-        with precision(device):
+        with autocast(device):
             return var.generate(vae, labels, cfg=1.5, top_k=900, top_p=0.96)
 
     return generate
@@ -106,7 +106,7 @@ def sampling(vae, d, B, device):
     """Figures of sampling B guided images, a dict."""
     generate = sampler(vae, d, B, device)
     maps = generate()                                                       # K of (B, l)
-    with precision(device):
+    with autocast(device):
         pixels = seconds_of(lambda: vae.decode(maps))
     tokens = seconds_of(generate)
     figures = {'images/s': B / (tokens + pixels), 'ms without the decoder': 1e3 * tokens,
@@ -163,7 +163,7 @@ def main():
 
     vae = VQVAE().to(device).eval().requires_grad_(False)
     images = torch.rand(B, 3, 256, 256, device=device) * 2 - 1              # (B, 3, H, W)
-    with precision(device):
+    with autocast(device):
         maps = vae.encode(images)                                           # K of (B, l)
         report(f'tokenizer, batch {B}', {
             'ms per image to encode': 1e3 * seconds_of(lambda: vae.encode(images)) / B,

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
-from sample import draw_all, load_both
+from sample import draw_all, load_for_sampling
 from support.images import make_grid, open_image, save_image, square, to_tensor
 from support.options import a_path, add_shared, labels_of, make_parser, new_picture
 from support.run import UserError, pick_device, rank_and_world, run, tell
@@ -106,7 +106,7 @@ def main():
         if args.out.exists() and args.out.samefile(path):
             raise UserError(f'--out {args.out} would overwrite {path}: choose another')
     device = pick_device(args.device)
-    vae, var, ckpt = load_both(device, args.ckpt, args.tokenizer)
+    vae, var, ckpt = load_for_sampling(device, args.ckpt, args.tokenizer)
     config, size = ckpt['config'], vae.image_size
     labels = labels_of(args, ckpt, [var.num_classes])                       # (N,), "no class"
     options = dict(config['sampling'])

@@ -37,7 +37,7 @@ from support.data import read_data, spread
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import crop, read_images, to_tensor
 from support.options import a_count, add_shared, at_least_1, make_parser, new_file, number
-from support.run import (UserError, pick_device, precision, rank_and_world, run, show, tell,
+from support.run import (UserError, autocast, pick_device, rank_and_world, run, show, tell,
                          write_file)
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
@@ -185,7 +185,7 @@ def main():
         return
 
     rebuilt, chunks = [], read_images(items, spread(len(items), args.n), round(config.zoom * size))
-    with precision(device, config.precision):
+    with autocast(device, config.precision):
         figures, tokens, rows = grade_tokenizer(vae, chunks, device, rebuilt)
         labels, of = labels[rows], f'{len(rows)} validation images ({data.source})'
         show(f'tokenizer, {of}:', figures, figures)

@@ -18,8 +18,8 @@ import support                                  # before torch: see there
 import torch
 import torch.nn.functional as F
 
-from sample import draw_all, load_both, shuffled, write_images
-from support.images import batch_size
+from sample import draw_all, load_for_sampling, shuffled, write_images
+from support.images import images_per_pass
 from support.options import a_path, add_shared, at_least_1, labels_of, make_parser, new_picture
 from support.run import UserError, pick_device, rank_and_world, reason, run, seed_of, tell
 
@@ -73,13 +73,13 @@ def main():
                '--device')
     args = parser.parse_args()
     device = pick_device(args.device)
-    vae, var, ckpt = load_both(device, args.ckpt, args.tokenizer)
+    vae, var, ckpt = load_for_sampling(device, args.ckpt, args.tokenizer)
     labels = labels_of(args, ckpt, range(min(10, var.num_classes)))         # (N,)
     if args.npz:
         labels = shuffled(labels, args.seed)
     classifier, H = None, vae.image_size
     if args.classifier:
-        images = torch.zeros(min(len(labels), batch_size(H)), 3, H, H, device=device)
+        images = torch.zeros(min(len(labels), images_per_pass(H)), 3, H, H, device=device)
         classifier = load_classifier(args.classifier, images, var.num_classes)
     generate = partial(best_of, vae, var, args.rounds, classifier, **ckpt['config']['sampling'])
     frames = draw_all(vae, generate, labels, args.seed,

@@ -93,7 +93,7 @@ def build(config, classes):
     return vae, VAR(vae.patch_nums, config.depth, len(classes), V, z, config.shared_aln)
 
 
-def fill(model, weights, path):
+def load_weights(model, weights, path):
     """Loads a state dict into a model. UserError if it does not fit."""
     try:
         model.load_state_dict(weights)
@@ -107,10 +107,10 @@ def load(path, tokenizer=None):
     ckpt = read_checkpoint(path, tokenizer)
     ckpt['config'].setdefault('patch_nums', RECIPES['patch_nums'][-1])
     vae, var = build(Namespace(**ckpt['config']), ckpt['classes'])
-    fill(vae, ckpt['vae'], tokenizer or path)
+    load_weights(vae, ckpt['vae'], tokenizer or path)
     if ckpt['stage'] == 'tokenizer':
         return vae.eval(), None, ckpt
-    fill(var, ckpt['var'], path)
+    load_weights(var, ckpt['var'], path)
     return vae.eval(), var.eval(), ckpt
 
 
@@ -137,14 +137,14 @@ def start_from(config, given, classes):
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
         setattr(config, name, value)
     vae, var = build(config, classes)
-    fill(vae, ckpt['vae'], tokenizer if is_second else path)
+    load_weights(vae, ckpt['vae'], tokenizer if is_second else path)
     if has_var:
         table, old = var.class_emb.weight.detach().clone(), ckpt['var']['class_emb.weight']
         indices = match_classes(classes, ckpt['classes'])
         for row, index in zip(table, [*indices, -1]):                       # -1: "no class"
             if index is not None:
                 row.copy_(old[index])
-        fill(var, {**ckpt['var'], 'class_emb.weight': table}, path)
+        load_weights(var, {**ckpt['var'], 'class_emb.weight': table}, path)
         tell(f'{indices.count(None)} of {len(classes)} classes are new to {path}')
     elif config.init:
         tell(f'{path} has no trained transformer: it will be a new one')
@@ -153,8 +153,8 @@ def start_from(config, given, classes):
 
 def match_classes(classes, known):
     """The index of each class among those that a transformer knows, or None: a list. Released files
-    have numbers for names: as many other names mean the same classes in their order, and so does
-    the name of a single class."""
+    know their classes by number: as many classes of other names are taken in their order. So is a
+    single class, whatever its name."""
     are_numbers = known == [str(i) for i in range(len(known))]
     if len(classes) == len(known) and (len(known) == 1 or are_numbers and classes[0] not in known):
         return list(range(len(known)))

@@ -1,5 +1,5 @@
-"""What is trained on: drawn shapes, CIFAR-10, folders of images; and their tokens. A set is a dict
-{class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, L tokens of all
+"""What is trained on: drawn shapes, CIFAR-10, folders of images; and their tokens. `groups` are a
+dict {class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, L tokens of all
 scales."""
 import os
 import tarfile
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from support.checkpoints import fetch
-from support.images import batch_size, crop, to_tensor
+from support.images import crop, images_per_pass, to_tensor
 from support.options import BUILT_IN
 from support.run import UserError, agree, gather, reason, tell
 
@@ -99,7 +99,7 @@ def list_folder(folder):
 
 
 def list_classes(folder):
-    """The set of a folder: {class: paths} of its class folders, sorted by name, or by number where
+    """The groups of a folder: {class: paths} of its class folders, sorted by name, or by number if
     all are numbers; {'images': paths} where images lie in it alone; {} for anything else."""
     images, folders = list_folder(folder)
     found = {path.name: list_folder(path)[0] for path in folders}
@@ -115,7 +115,7 @@ def list_classes(folder):
 
 
 def hold_out(groups):
-    """Splits a set for validation, by a hash of the class and the name of an image: about one in
+    """Splits groups for validation, by a hash of the class and the name of an image: about one in
     ten is held out, and stays so when others come; of a class of two or more, at least one is, and
     not all are."""
     train, val = {}, {}
@@ -129,8 +129,8 @@ def hold_out(groups):
 
 
 def read_folder(root):
-    """Training set, validation set, and where the latter comes from. UserError for a folder that is
-    not laid out as LAYOUTS say."""
+    """Groups for training and for validation, and where the latter come from. UserError for a
+    folder that is not laid out as LAYOUTS say."""
     if not root.is_dir():
         raise UserError(f'--data {root}: no such folder; {LAYOUTS}')
     inside = {path.name.lower(): path for path in list_folder(root)[1]}
@@ -163,7 +163,8 @@ class Data(NamedTuple):
 
 
 def read_data(config):
-    """The Data that a config names. Opens no image of a folder. UserError if there is none."""
+    """The Data that a config names. Opens no image of a folder. UserError if it is not there, or if
+    nothing is left for training or for validation."""
     if config.data in BUILT_IN:
         if Path(config.data).is_dir():
             tell(f'--data {config.data} is not the folder of that name: that is ./{config.data}')
@@ -240,7 +241,7 @@ def tokenize(vae, chunks, config, views):
     chunks: lists of (row, image), as read_images() yields them. The first view of an image is the
     centre crop, the others are random ones; with flip, every second view is mirrored.
     """
-    size, B = vae.image_size, batch_size(vae.image_size)
+    size, B = vae.image_size, images_per_pass(vae.image_size)
     tokens, rows = [np.empty((0, sum(p * p for p in vae.patch_nums)), np.uint16)], []
     for chunk in chunks:
         crops = []

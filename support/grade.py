@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.images import batch_size, crop, to_tensor, to_uint8
+from support.images import crop, images_per_pass, to_tensor, to_uint8
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def grade_tokenizer(vae, chunks, device, rebuilt=None):
     decibels, tokens, rows, size = [], [], [], vae.image_size
     for chunk in chunks:
         rows += [row for row, _ in chunk]
-        for start in range(0, len(chunk), batch_size(size)):
-            part = [crop(image, size) for _, image in chunk[start:start + batch_size(size)]]
+        for start in range(0, len(chunk), images_per_pass(size)):
+            part = [crop(image, size) for _, image in chunk[start:start + images_per_pass(size)]]
             a = to_tensor(torch.from_numpy(np.stack(part)).to(device))      # (B, 3, H, W)
             maps = vae.encode(a)                                            # K of (B, l)
             b = vae.decode(maps)                                            # (B, 3, H, W)

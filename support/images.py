@@ -18,8 +18,8 @@ from support.run import (UserError, local_rank, progress, rank_and_world, reason
 def open_image(path, size, behind='white'):
     """An image file as an RGB PIL image, upright. A JPEG may be decoded smaller, down to 2 `size`.
 
-    `behind` is the colour that shows through transparency, unless nothing is opaque: then the
-    colours are meant. Of an animation the first frame is used, and colour profiles are ignored.
+    `behind` is the colour that shows through transparency. If all of it is transparent, that is
+    ignored. Of an animation the first frame is used, and colour profiles are ignored.
     Raises UserError if Pillow cannot read the whole of it, or for more than 8 bits per channel.
     """
     try:
@@ -50,8 +50,8 @@ def fit(image, side):
 
 
 def crop(pixels, size, spot=(0.5, 0.5)):
-    """A square (size, size, 3) of an image (h, w, 3): the centre one, or that at a spot, from
-    (0, 0), top left, up to but without (1, 1)."""
+    """A square (size, size, 3) of an image (h, w, 3): the centre one, or that at a spot: two
+    numbers, from 0 (top, left) to below 1."""
     top, left = (int(share * (length - size + 1)) for share, length in zip(spot, pixels.shape))
     return pixels[top:top + size, left:left + size]
 
@@ -101,8 +101,8 @@ def store_images(items, labels, side, folder, name):
     (h, w, 3), and their labels, int64 (N,).
 
     The arrays are mapped into memory from a file in a folder, which the first process of a machine
-    writes and all of its processes map. It has lost its name when this returns: it cannot be stale,
-    and is gone when the run ends (on Windows the next run replaces it).
+    writes and all of its processes map. It is deleted as soon as they have, so that no later run
+    can find it; the arrays stay valid. (Windows keeps it until the next run replaces it.)
     """
     path, found = folder / f'.{name}-{rank_and_world()[0] - local_rank()}', []
 
@@ -143,7 +143,7 @@ def to_uint8(images):
     return images.clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def batch_size(image_size):
+def images_per_pass(image_size):
     """Images per pass where no gradients are needed: 16 at 256 px, 4 at 512 px, 50 at most. Keys
     and values of a guided image take 0.31 GB for d30 at 256 px and 1.5 GB for d36 at 512 px."""
     return min(50, max(1, 16 * 256 ** 2 // image_size ** 2))

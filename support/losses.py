@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoints import fill
+from support.checkpoints import load_weights
 from tokenizer import conv3x3, group_norm
 
 VGG = ('https://download.pytorch.org/models/vgg16-397923af.pth', '397923af')
@@ -32,7 +32,7 @@ class PerceptualLoss(nn.Module):
         self.layers = nn.Sequential(*layers).requires_grad_(False)
         convs = {name.removeprefix('features.'): value for name, value in weights.items()
                  if name.startswith('features.')}
-        fill(self.layers, convs, 'VGG-16')
+        load_weights(self.layers, convs, 'VGG-16')
         self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer('deviation', torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 

@@ -130,7 +130,8 @@ NOT_SAVED = ('out', 'device', 'resume')
 
 def parse(description):
     """The command line of train.py, a dict; an option that is not given is not in it."""
-    parser = make_parser(description)
+    parser = make_parser(f'{description}\nIn brackets: the value for drawn shapes; and those for '
+                         'other images of 32, 64 and 256 px.')
 
     def add(name, help, kind=str, **how):
         values = RECIPES.get(name.removeprefix('--').replace('-', '_'))
@@ -203,8 +204,8 @@ def resume_config(given, ckpt):
     config = argparse.Namespace(**{'out': Path(), **ckpt['config'], **given})
     for name, value in given.items():
         before = ckpt['config'].get(name)
-        over = name == 'tokenizer_steps' and ckpt['stage'] != 'tokenizer'
-        if name not in NOT_SAVED and value != before and (over or name not in CHANGEABLE):
+        is_too_late = name == 'tokenizer_steps' and ckpt['stage'] != 'tokenizer'
+        if name not in NOT_SAVED and value != before and (is_too_late or name not in CHANGEABLE):
             raise UserError(f'--{name.replace("_", "-")} {value}: the run in {config.out} has '
                             f'{before}, and --resume cannot change it')
     return check_batches(config, ckpt['stage'])

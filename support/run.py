@@ -98,7 +98,7 @@ def choose_precision(device, name=None):
     return 'bfloat16' if device.type == 'cpu' and native() else 'float32'
 
 
-def precision(device, name=None):
+def autocast(device, name=None):
     """An autocast context in the named precision, by default in the device's best one."""
     name = choose_precision(device, name)
     if name == 'float32':
@@ -107,10 +107,11 @@ def precision(device, name=None):
 
 
 def use_compiler(config):
-    """Whether stage 2 is compiled: where it is asked for, and on a GPU where its steps are worth
-    the minute that it takes; and where torch.compile finds its C++ compiler, or Triton."""
-    pays = config.device.type == 'cuda' and config.steps >= 1000
-    wanted = pays if config.compile is None else config.compile
+    """Whether stage 2 is compiled: if it is asked for, and without --no-compile on a GPU if there
+    are enough steps to make up for the minute that it takes; False if torch.compile fails."""
+    wanted = config.compile
+    if wanted is None:
+        wanted = config.device.type == 'cuda' and config.steps >= 1000
     try:
         if wanted:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=config.device))
@@ -155,7 +156,7 @@ def gather(x):
 
 
 def agree(x, what):
-    """UserError unless x is the same in all processes, as where a shared disk shows less to one."""
+    """UserError unless x is the same in all processes: a shared disk can show one fewer files."""
     found = gather(x) or [x]
     if found != found[:1] * len(found):
         raise UserError(f'the processes do not see the same {what}: {found}')
@@ -175,8 +176,8 @@ def tell(text, end='\n'):
 
 
 def progress(what, done, total, began):
-    """Prints how many of something are done, over what was printed last, and the time that is left.
-    began: time.monotonic() of the start."""
+    """Prints on one line, again and again, how many of something are done and the time that is
+    left. began: time.monotonic() of the start."""
     left = (time.monotonic() - began) / max(1, done) * (total - done)
     tell(f'\r{what}: {done} of {total}, {left:.0f} s left ', end='\n' if done == total else '')
 
