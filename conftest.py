@@ -24,8 +24,6 @@ import train
 from tokenizer import VQVAE
 from var import VAR
 
-torch.set_num_threads(1)
-
 # In float32, so that the results do not depend on the processor.
 TINY = ('--size', 32, '--depth', 1, '--ch', 8, '--vocab-size', 99, '--tokenizer-batch', 4,
         '--batch', 4, '--tokenizer-steps', 4, '--steps', 3, '--precision', 'float32')
