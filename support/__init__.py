@@ -10,7 +10,9 @@ data         drawn shapes, CIFAR-10, folders of images; the tokens of a run
 """
 import os
 
-# Threads of OpenMP wait for each other in a loop: beside another busy process each small operation
-# then waits for the thread that lost its core. It is read when torch is loaded, so that every
-# command imports this package before torch.
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+# Threads of GNU OpenMP wait for each other in a long loop: beside another busy process each small
+# operation then waits for the thread that lost its core. Without any loop (OMP_WAIT_POLICY=PASSIVE)
+# a process that is alone is slower, so that the loop is cut short. It is read when torch is loaded:
+# every command imports this package before torch.
+if 'OMP_WAIT_POLICY' not in os.environ:
+    os.environ.setdefault('GOMP_SPINCOUNT', '3000')
