@@ -329,10 +329,10 @@ def begin(given, path):
     """A new run in path, ckpt.pt: (config, data, vae, var, state). UserError if one is there."""
     config, was_there = make_config(given), path.exists()
     if config.tokenizer == 'train' and config.perceptual:
-        fetch(*VGG)                             # no later than this
+        fetch(*VGG)                             # a run without it ends before it reads images
     data = read_data(config)
     if 'steps' not in given:                    # each image at most 300 times
-        config.steps = min(config.steps, 300 * len(data.train[1]) // config.batch)
+        config.steps = min(config.steps, 300 * data.counts[0] // config.batch)
     vae, var = start_from(config, given, data.classes)
     if vae.image_size != config.size:
         raise UserError(f'--size {config.size}: with the scales {vae.patch_nums} the tokenizer '
