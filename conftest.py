@@ -1,4 +1,5 @@
 """What both test files share: small models, images, a run of train.py, and the commands."""
+import csv
 import io
 import math
 import os
@@ -108,6 +109,18 @@ def trained(tmp_path_factory):
     write_images(folder / 'images')
     go(folder, train, '--data', 'images', *TINY, '--flip')
     return folder
+
+
+def read_log(path):
+    """log.csv of train.py: {(stage, name): {step: value}}. Of a figure that was written twice,
+    because a run was interrupted, the last one counts; a row that a kill has cut has no value."""
+    log = {}
+    with open(path, newline='') as f:
+        for row in csv.DictReader(f):
+            if row['value']:
+                log.setdefault((row['stage'], row['name']), {})[int(row['step'])] = float(
+                    row['value'])
+    return log
 
 
 def read_ckpt(path):

@@ -19,7 +19,7 @@ import torch
 
 from support.checkpoints import load
 from support.images import images_per_pass, make_grid, save_image, to_uint8
-from support.options import (a_count, add_shared, at_least_1, labels_of, make_parser, new_picture,
+from support.options import (a_count, add_shared, at_least_1, labels_of, make_parser, new_file,
                              number)
 from support.run import (UserError, autocast, gather, pick_device, progress, rank_and_world, run,
                          seed_of, tell, write_file)
@@ -37,11 +37,12 @@ def load_for_sampling(device, path, tokenizer=None):
 @torch.no_grad()
 def draw_all(vae, generate, labels, seed, precision_name=None, batch=None, scales=False):
     """Draws an image for each label (N,), in batches that the processes share: each has a seed of
-    its own, so that the images are the same for any number of processes.
+    its own, so that the images are the same for any number of processes. UserError where numbers
+    are not finite.
 
     generate(labels=, seed=) returns K token maps (B, l): VAR.generate with all else given. Returns
     uint8 (N, S, H, W, 3) in the first process, and None in the others. S is 1; with scales it is K:
-    the image after each scale. UserError where numbers are not finite.
+    the image after each scale.
     """
     (rank, world), began = rank_and_world(), time.monotonic()
     device, H = vae.quantize.embedding.weight.device, vae.image_size
@@ -51,18 +52,17 @@ def draw_all(vae, generate, labels, seed, precision_name=None, batch=None, scale
         frames = np.empty((len(labels), len(vae.patch_nums) if scales else 1, H, H, 3), np.uint8)
     done = 0
     for first in range(0, len(batches), world):                 # a batch for each process
-        drawn, is_finite = None, True
-        if first + rank < len(batches):
+        index, drawn = first + rank, None
+        if index < len(batches):
             with autocast(device, precision_name):
-                index = first + rank
                 maps = generate(labels=batches[index].to(device), seed=seed_of(seed, index))
                 is_finite = bool((maps[-1] >= 0).all())         # VAR.generate
                 if is_finite:
                     images = vae.decode_scales(maps) if scales else [vae.decode(maps)]
                     is_finite = bool(images[-1].isfinite().all())
-                    drawn = np.stack([to_uint8(x) for x in images], axis=1)     # (B, S, H, W, 3)
-        if not is_finite:
-            raise UserError('the model overflows in this precision: try --precision float32')
+            if not is_finite:
+                raise UserError('the model overflows in this precision: try --precision float32')
+            drawn = np.stack([to_uint8(x) for x in images], axis=1)         # (B, S, H, W, 3)
         for part in gather(drawn) or []:
             if part is not None:
                 frames[done:done + len(part)] = part
@@ -72,8 +72,8 @@ def draw_all(vae, generate, labels, seed, precision_name=None, batch=None, scale
 
 
 def shuffled(labels, seed):
-    """Labels (N,) in random order, for a file for the evaluators of FID: they take the inception
-    score of consecutive blocks, and images that are sorted by class would get a far lower one."""
+    """Labels (N,) in random order, for the evaluators of FID: they take the inception score of
+    consecutive blocks, and images that are sorted by class would get a far lower one."""
     return labels[torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))]
 
 
@@ -98,8 +98,8 @@ def main():
     add('--top-k', type=a_count, help='from the k likeliest codes; 0: all [of the checkpoint]')
     add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off [of the checkpoint]')
     add('--batch', type=at_least_1, help='images per pass [50; 16 at 256 px, 4 at 512 px]')
-    add('--out', type=new_picture, default='samples.png', help='the sheet, a row per class')
-    add('--scales', type=new_picture, help='also a sheet of the images growing scale by scale')
+    add('--out', type=new_file('.png'), default='samples.png', help='the sheet, a row per class')
+    add('--scales', type=new_file('.png'), help='also a sheet of the images growing scale by scale')
     args = parser.parse_args()
     vae, var, ckpt = load_for_sampling(pick_device(args.device), args.ckpt, args.tokenizer)
     options = {**ckpt['config']['sampling'], **{

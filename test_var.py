@@ -20,12 +20,11 @@ import torch.nn.functional as F
 import sample
 import tokenizer
 import train
-from conftest import HERE, TINY, from_name, go, launch, models, read_ckpt, refill, same
+from conftest import HERE, TINY, from_name, go, launch, models, read_ckpt, read_log, refill, same
 from edit import kept_tokens
 from support.grade import grade_transformer
 from support.losses import AdversarialLoss, PerceptualLoss
 from support.options import make_config
-from support.run import read_log
 from tokenizer import VQVAE, Quantizer
 from var import VAR, block_causal_mask, draw, filter_logits
 

@@ -7,14 +7,15 @@
     torchrun --nproc_per_node 8 -- train.py ...     # shares each batch among 8 processes
 
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
-Where this differs from the paper and the released recipe is listed in README.md.
+Where this differs from the paper and the released recipe is listed in README.md. The options and
+their defaults are in support/options.py.
 
 A run is a folder, --out: ckpt.pt, written every five minutes, which sample.py reads and --resume
 goes on from; tokens.npz, all that stage 2 reads; log.csv, all figures; reconstructions.png and
 samples.png. What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run
 that was killed and resumed therefore ends with the same bits as one that was not. Several processes
-train as one does, with three differences: each draws its own dropout, each computes lambda_G from
-its own part of the batch, and dead codes restart as vectors of the first one's part.
+train as one does, but each draws its own dropout, each computes lambda_G from its own part of the
+batch, and dead codes restart as vectors of the first one's part.
 
 Reduced to the essentials, the loop of train_stage() is:
 
@@ -26,7 +27,6 @@ Reduced to the essentials, the loop of train_stage() is:
         optimizer.step()
         optimizer.zero_grad()
 
-Options are in support/options.py, and what is read and stored in support/.
 Letters: B images per step, N images of a set, L tokens of all scales, l of one, K scales.
 """
 import math
@@ -42,13 +42,13 @@ import torch.nn.functional as F
 from support.checkpoints import build, fetch, load_weights, read_checkpoint, read_file, start_from
 from support.data import read_data, read_tokens, spread, step_rows, tokenize
 from support.grade import grade_tokenizer, grade_transformer
-from support.images import (crop, images_per_pass, make_grid, read_images, save_image, store_images,
-                            to_tensor, to_uint8)
+from support.images import (crop, make_grid, read_all, read_images, save_image, to_tensor,
+                            to_uint8)
 from support.losses import VGG, AdversarialLoss, PerceptualLoss
 from support.options import NOT_SAVED, make_config, parse, resume_config
-from support.run import (UserError, agree, all_reduce, autocast, choose_precision, mend_log,
-                         pick_device, rank_and_world, run, seed_of, show, tell, use_compiler,
-                         wait_for_all, write_file, write_log)
+from support.run import (UserError, agree, all_reduce, autocast, choose_precision, pick_device,
+                         rank_and_world, run, seed_of, show, tell, wait_for_all, write_file,
+                         write_log)
 
 SAVE_EVERY = 300        # seconds from one ckpt.pt to the next
 GRADED = 1000           # validation images, at most
@@ -107,18 +107,15 @@ class TokenizerStage(nn.Module):
 
     @torch.no_grad()
     def evaluate(self):
-        """Figures of validation images. Writes reconstructions.png: eight images (fewer above 256
-        px), and below each its reconstructions from the first, the first two, ... and all scales.
-        """
+        """Figures of validation images. Writes reconstructions.png: eight of them, and below each
+        its reconstructions from the first, the first two, ... and all scales."""
         vae, config, N = self.vae, self.config, len(self.val_set)
-        few = spread(N, min(8, images_per_pass(config.size)))
+        few = spread(N, 8)
         images = np.stack([crop(self.val_set[row], config.size) for row in few])    # (n, H, W, 3)
         x = to_tensor(torch.from_numpy(images).to(config.device))           # (n, 3, H, W)
         rows = [images, *(to_uint8(x_k) for x_k in vae.decode_scales(vae.encode(x)))]
         save_image(config.out / 'reconstructions.png', make_grid(rows))
-        graded = spread(N, GRADED if config.size <= 64 else 200)
-        return grade_tokenizer(vae, [[(row, self.val_set[row]) for row in graded]],
-                               config.device)[0]
+        return grade_tokenizer(vae, [list(enumerate(self.val_set))], config.device)[0]
 
 
 class TransformerStage(nn.Module):
@@ -153,11 +150,10 @@ class TransformerStage(nn.Module):
     @torch.no_grad()
     def evaluate(self):
         """Loss and token error of validation images. Writes samples.png: eight samples of each of
-        the first ten classes, two above 128 px."""
+        the first ten classes."""
         config, rows = self.config, []
-        n = 8 if config.size <= 128 else 2
         for label in range(min(10, self.var.num_classes)):
-            maps = self.var.generate(self.vae, [label] * n, seed=label, **config.sampling)
+            maps = self.var.generate(self.vae, [label] * 8, seed=label, **config.sampling)
             maps[-1] = maps[-1].clamp_min(0)    # -1 after an overflow, which later steps can mend
             rows.append(to_uint8(self.vae.decode(maps)))                    # (n, H, W, 3)
         save_image(config.out / 'samples.png', make_grid(rows))
@@ -194,8 +190,10 @@ def make_optimizer(stage):
 
 
 def part_of(batch):
-    """Where this process's part of a batch begins and ends."""
+    """Where this process's part of a batch begins and ends. UserError if it would be empty."""
     rank, world = rank_and_world()
+    if batch < world:
+        raise UserError(f'a batch of {batch} images is too small for {world} processes')
     return rank * batch // world, (rank + 1) * batch // world
 
 
@@ -234,13 +232,13 @@ def train_stage(stage, state):
     state: what ckpt.pt holds, kept up to date. UserError where the loss is no longer finite:
     ckpt.pt is then the last good one.
     """
-    config, device, rank = stage.config, stage.config.device, rank_and_world()[0]
+    config, device, (rank, world) = stage.config, stage.config.device, rank_and_world()
+    precision = choose_precision(device, config.precision)
     stage.to(device).train()
     optimizer = make_optimizer(stage)
     # In float16 the loss is scaled, so that small gradients do not vanish. A step whose gradients
     # are not finite is left out, and the scale is halved.
-    in_float16 = choose_precision(device, config.precision) == 'float16'
-    scaler = torch.amp.GradScaler(device.type, enabled=in_float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == 'float16')
     if state['optimizer']:
         for name, module in stage.learned.items():
             load_weights(module, state[name], 'ckpt.pt')
@@ -248,9 +246,8 @@ def train_stage(stage, state):
         if state['scaler']:                                     # the precision can have changed
             scaler.load_state_dict(state['scaler'])
     parameters = [p for group in optimizer.param_groups for p in group['params']]
-    weights = sum(p.numel() for p in parameters) / 1e6
-    tell(f'{stage.name}: {weights:.1f} M weights, {stage.steps} steps of {stage.batch} images, '
-         f'learning rate {stage.lr:g}')
+    tell(f'{stage.name}: {sum(p.numel() for p in parameters) / 1e6:.1f} M weights, {stage.steps} '
+         f'steps of {stage.batch} images, on {world} x {device} in {precision}')
 
     def check():
         """Ends the run if the last step was not finite; in float16 only once the scale is down to
@@ -270,14 +267,13 @@ def train_stage(stage, state):
     saved_at, batches = began, stage.batches(start)
     for step in range(start, stage.steps):
         # Evaluate and save. One process does, and the others wait for its next step.
-        if rank == 0 and step > start:
-            if step % max(1, stage.steps // 5) == 0:
-                check()
+        fifth = step % max(1, stage.steps // 5) == 0
+        if rank == 0 and step > start and (fifth or time.monotonic() > saved_at + SAVE_EVERY):
+            check()
+            if fifth:
                 evaluate(stage, step)
-            if time.monotonic() > saved_at + SAVE_EVERY:
-                check()
-                save(step)
-                saved_at = time.monotonic()
+            save(step)
+            saved_at = time.monotonic()
 
         # Step: gradients of all processes, clipping, AdamW. Nothing here waits for a GPU.
         for group in optimizer.param_groups:
@@ -299,13 +295,11 @@ def train_stage(stage, state):
             check()
             all_reduce([figures['loss']])
             seconds = (time.monotonic() - began) / (step + 1 - start)   # per step, all included
-            shown = {name: float(value) for name, value in figures.items()}
-            shown['learning rate'] = optimizer.param_groups[0]['lr']
-            shown['images/s'] = stage.batch / seconds
+            figures |= {'learning rate': group['lr'], 'images/s': stage.batch / seconds}
             if rank == 0:
                 write_log(config.out / 'log.csv', stage.name, step,
-                          {f'train {name}': value for name, value in shown.items()})
-                show(f'{stage.name} {step}/{stage.steps}', shown,
+                          {f'train {name}': value for name, value in figures.items()})
+                show(f'{stage.name} {step}/{stage.steps}', figures,
                      more=f'{(stage.steps - step) * seconds / 60:.0f} min left')
     if start < stage.steps:
         check()
@@ -327,12 +321,10 @@ def write_state(state, config):
 
 def begin(given, path):
     """A new run in path, ckpt.pt: (config, data, vae, var, state). UserError if one is there."""
-    config, was_there = make_config(given), path.exists()
-    if config.tokenizer == 'train' and config.perceptual:
-        fetch(*VGG)                             # a run without it ends before it reads images
+    config = make_config(given)
     data = read_data(config)
     if 'steps' not in given:                    # each image at most 300 times
-        config.steps = min(config.steps, 300 * data.counts[0] // config.batch)
+        config.steps = min(config.steps, 300 * len(data.train[0]) // config.batch)
     vae, var = start_from(config, given, data.classes)
     if vae.image_size != config.size:
         raise UserError(f'--size {config.size}: with the scales {vae.patch_nums} the tokenizer '
@@ -340,14 +332,12 @@ def begin(given, path):
     if rank_and_world()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Of two runs that begin at once, the second finds the file of the first. An empty file
-            # is of a run that was killed right here, and --resume begins it.
-            path.open('ab' if given.get('resume') and was_there else 'xb').close()
+            path.open('xb').close()             # of two runs that begin at once, one is refused
         except FileExistsError as e:
             raise UserError(f'{path} is there: --resume goes on with that run; or choose another '
                             '--out, or move it away') from e
-    state = dict(classes=data.classes, counts=data.counts, stage='tokenizer', step=0,
-                 optimizer=None, vae=vae.state_dict(), var=var.state_dict())
+    state = dict(classes=data.classes, stage='tokenizer', step=0, optimizer=None,
+                 vae=vae.state_dict(), var=var.state_dict())
     write_state(state, config)
     return config, data, vae, var, state
 
@@ -356,15 +346,11 @@ def go_on(given, path):
     """The run in path, ckpt.pt: (config, data, vae, var, state). Data is None in stage 2, which
     reads tokens.npz alone."""
     state, data = read_checkpoint(path), None
-    if 'optimizer' not in state:
-        raise UserError(f'{path} is not of train.py: --init starts from its weights')
     config = resume_config(given, state)
-    mend_log(config.out / 'log.csv')
     if state['stage'] == 'tokenizer':
         data = read_data(config)
-        if [data.classes, data.counts] != [state['classes'], state['counts']]:
-            raise UserError(f'--data {config.data}: its classes or its number of images have '
-                            'changed since this run began: begin another one')
+        if data.classes != state['classes']:
+            raise UserError(f'--data {config.data} had other classes when this run began')
     vae, var = build(config, state['classes'])
     load_weights(vae, state['vae'], path)
     load_weights(var, state['var'], path)
@@ -378,9 +364,9 @@ def train_tokenizer(config, data, vae, state):
     graded = spread(len(items), GRADED)
     sets = {'val': ([items[row] for row in graded], labels[graded]), 'train': data.train}
     if config.tokenizer == 'train':
-        gigabytes = 4.5e-9 * sum(data.counts) * side ** 2       # photographs of 3:2
-        tell(f'the images are read once, into about {gigabytes:.2g} GB in {config.out}')
-        sets = {name: store_images(*pair, side, config.out, name) for name, pair in sets.items()}
+        gigabytes = 4.5e-9 * len(data.train[0]) * side ** 2     # photographs of 3:2
+        tell(f'the images are read once, into about {gigabytes:.2g} GB of memory')
+        sets = {name: read_all(*pair, side) for name, pair in sets.items()}
         train_stage(TokenizerStage(config, vae, sets['train'][0], sets['val'][0]), state)
     vae.to(config.device).eval()
     arrays = {}
@@ -400,17 +386,11 @@ def main():
     given = parse(__doc__)
     given['device'] = pick_device(given.get('device'))          # joins the other processes as well
     path = given.get('out', Path()) / 'ckpt.pt'
-    starts = begin
-    if given.get('resume'):
-        if path.exists() and path.stat().st_size > 0:
-            starts = go_on
-        else:
-            tell(f'{path} is not there, or empty: a new run begins')
-    agree(starts.__name__, 'ckpt.pt')
-    config, data, vae, var, state = starts(given, path)
-    tell(f'scales {config.patch_nums}; {rank_and_world()[1]} x {config.device}, '
-         f'{choose_precision(config.device, config.precision)}')
-
+    goes_on = given.get('resume', False) and path.exists()
+    agree(goes_on, 'ckpt.pt')
+    if given.get('resume') and not goes_on:
+        tell(f'{path} is not there: a new run begins')
+    config, data, vae, var, state = go_on(given, path) if goes_on else begin(given, path)
     if state['stage'] == 'tokenizer':
         train_tokenizer(config, data, vae, state)
         state.pop('adversarial', None)
@@ -419,7 +399,11 @@ def main():
     wait_for_all()                              # for tokens.npz
     train, val = read_tokens(config.out)
     agree(len(train[0]), 'number of images in tokens.npz')
-    if use_compiler(config):
+    compiles = config.compile
+    if compiles is None:                        # it takes a minute
+        compiles = config.device.type == 'cuda' and config.steps >= 1000
+    if compiles:
+        torch._dynamo.config.suppress_errors = True     # without a C compiler, run as they are
         for block in var.blocks:
             block.compile()
     train_stage(TransformerStage(config, vae, var, train, val), state)

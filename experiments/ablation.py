@@ -27,9 +27,9 @@ from raster import Raster
 from support.checkpoints import build
 from support.data import read_data, read_tokens
 from support.images import make_grid, save_image
-from support.options import (a_count, a_guidance, a_path, add_shared, at_least_1, make_config,
+from support.options import (a_count, a_guidance, add_shared, at_least_1, make_config,
                              make_parser)
-from support.run import UserError, pick_device, read_log, run, tell
+from support.run import UserError, pick_device, run, tell
 from train import TransformerStage, train_stage, train_tokenizer
 from var import VAR
 
@@ -99,7 +99,7 @@ def main():
     add('--cfg', type=a_guidance, default=4., help='guidance of the last scale [4]')
     add('--n', type=at_least_1, default=50, help='samples per class [50]')
     add('--judge-steps', type=at_least_1, default=400, help='of the classifier [400]')
-    add('--out', type=a_path, default='ablation', help='a new folder for everything [ablation]')
+    add('--out', type=Path, default='ablation', help='a new folder for everything [ablation]')
     add_shared(parser, '--device')
     args = parser.parse_args()
     # Every tokenizer has the plain losses, whatever the recipe of the data has.

@@ -31,7 +31,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from raster import Raster
-from support.options import add_shared, at_least_1, make_parser, new_picture
+from support.options import add_shared, at_least_1, make_parser, new_file
 from support.run import autocast, choose_precision, pick_device, run, tell
 from tokenizer import VQVAE
 from var import VAR
@@ -150,7 +150,7 @@ def main():
     add('--grids', type=int, nargs='+', choices=GRIDS, default=[*GRIDS],
         help='sides of the last token map in that comparison [all of these]')
     add('--compile', action='store_true', help='training also with torch.compile')
-    add('--out', type=new_picture, default='bench.png', help='the picture [bench.png]')
+    add('--out', type=new_file('.png'), default='bench.png', help='the picture [bench.png]')
     add_shared(parser, '--device')
     args = parser.parse_args()
     torch.manual_seed(0)

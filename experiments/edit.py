@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from sample import draw_all, load_for_sampling
-from support.images import make_grid, open_image, save_image, square, to_tensor
-from support.options import a_path, add_shared, labels_of, make_parser, new_picture
+from support.images import crop, fit, make_grid, open_image, save_image, to_tensor
+from support.options import add_shared, labels_of, make_parser, new_file
 from support.run import UserError, pick_device, rank_and_world, run, tell
 
 
@@ -92,13 +92,13 @@ def paste(photo, images, pixels):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('photo', type=a_path, help='the photograph')
+    add('photo', type=Path, help='the photograph')
     add('--box', type=parse_box, action='append', default=[],
         help='y0,x0,y1,x1 in fractions, to be generated; may be given several times')
-    add('--mask', type=a_path, help='an image, white where the photograph is generated')
+    add('--mask', type=Path, help='an image, white where the photograph is generated')
     add('--outside', action='store_true', help='generate everything else instead')
     add('--paste', action='store_true', help="put the photograph's pixels back where it is kept")
-    add('--out', type=new_picture, default='edited.png', help='the sheet, a row per class')
+    add('--out', type=new_file('.png'), default='edited.png', help='the sheet, a row per class')
     add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--precision',
                '--device')
     args = parser.parse_args()
@@ -117,8 +117,8 @@ def main():
     whole, mask = open_image(args.photo, size), None
     if args.mask:
         white = open_image(args.mask, size, behind='black').resize(whole.size)
-        mask = square(white, size)[..., 0]                                  # (H, W)
-    photo = square(whole, size)                                             # (H, W, 3)
+        mask = crop(fit(white, size), size)[..., 0]                         # (H, W)
+    photo = crop(fit(whole, size), size)                                    # (H, W, 3)
     new, pixels = new_positions(vae.patch_nums[-1], size, args.box, mask, args.outside)
     keep = torch.from_numpy(~new).to(device)                                # (P, P)
     masks = [kept_tokens(keep, p) for p in vae.patch_nums]                  # K of (l,)

@@ -4,8 +4,8 @@
     python experiments/evaluate.py --ckpt var_d16.pth --tokenizer vae_ch160v4096z32.pth \
         --data ./imagenet
 
-Tokenizer, on validation images: PSNR, codebook usage (of all scales and of each), entropy of the
-tokens. The reconstructions are written for the evaluators of rFID, whose references need the same
+Tokenizer, on validation images: PSNR, codebook usage (of all scales and of each). The
+reconstructions are written for the evaluators of rFID, whose references need the same
 crops: for photographs the middle 8/9 of the centre square, as in training.
 Transformer, on the same images (Section 5.2): loss in nats per token and token error, over all
 scales, of the last one, and of each. Scales count from 0.
@@ -21,7 +21,6 @@ Letters: N images of a set, B of a batch, H their side, n samples per class, C c
 import sys
 from argparse import Namespace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,10 +31,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from sample import draw_all
-from support.checkpoints import load, match_classes
+from support.checkpoints import load
 from support.data import read_data, spread
 from support.grade import grade_tokenizer, grade_transformer
-from support.images import crop, read_images, to_tensor
+from support.images import crop, read_all, read_images, to_tensor
 from support.options import a_count, add_shared, at_least_1, make_parser, new_file, number
 from support.run import (UserError, autocast, pick_device, rank_and_world, run, show, tell,
                          write_file)
@@ -118,10 +117,11 @@ def frechet_distance(a, b):
 
 def read_squares(items, labels, n, config):
     """At most n of a set, evenly spread: images uint8 (N, H, H, 3) and labels (N,), tensors."""
-    chunks = read_images(items, spread(len(items), n), round(config.zoom * config.size))
-    rows, images = zip(*chain.from_iterable(chunks))
+    rows = spread(len(items), n)
+    images, labels = read_all([items[row] for row in rows], labels[rows],
+                              round(config.zoom * config.size))
     squares = np.stack([crop(image, config.size) for image in images])
-    return torch.from_numpy(squares), torch.from_numpy(labels[list(rows)])
+    return torch.from_numpy(squares), torch.from_numpy(labels)
 
 
 def train_judge(data, config, steps):
@@ -156,7 +156,7 @@ def main():
     add('--samples', type=number(int, 2), default=50, help='samples per class [50]')
     add('--judge-steps', type=a_count, default=400,
         help='of the classifier; 0: samples are not graded [400]')
-    add('--out', type=new_file, default='reconstructions.npz', help='the images, rebuilt')
+    add('--out', type=new_file('.npz'), default='reconstructions.npz', help='the images, rebuilt')
     args = parser.parse_args()
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer)
@@ -164,19 +164,22 @@ def main():
     config = Namespace(**{**ckpt['config'], 'size': size, 'device': device})
     config.precision = args.precision or config.precision
     if args.data:
-        vars(config).update(data=args.data, classes=[], limit=0)
+        vars(config).update(data=args.data, classes=0, limit=0)
     if 'data' not in config:
         raise UserError(f'{args.ckpt} does not tell its data: add --data')
     data = read_data(config)
     items, labels = data.val
     samples = None
     if var is not None:
-        var, indices = var.to(device), match_classes(data.classes, ckpt['classes'])
-        unknown = [name for name, index in zip(data.classes, indices) if index is None]
+        var, known = var.to(device), ckpt['classes']
+        if known == [str(i) for i in range(len(data.classes))]:
+            known = data.classes                # released files know their classes by number
+        index = {name: i for i, name in enumerate(known)}
+        unknown = [name for name in data.classes if name not in index]
         if unknown:
-            raise UserError(f'the transformer does not know {len(unknown)} of the {len(indices)} '
-                            f'classes of the data: {", ".join(unknown[:12])}')
-        indices = torch.tensor(indices)                                     # (C,)
+            raise UserError(f'the transformer does not know {len(unknown)} of the '
+                            f'{len(data.classes)} classes of the data: {", ".join(unknown[:12])}')
+        indices = torch.tensor([index[name] for name in data.classes])      # (C,)
         # The Frechet distance needs two images.
         if args.judge_steps and size in WIDTHS and len(items) > 1:
             samples = draw_classes(vae, var, args.samples, indices, config.sampling,
@@ -184,12 +187,12 @@ def main():
     if rank_and_world()[0] > 0:                 # all processes draw, and the first one grades
         return
 
-    rebuilt, chunks = [], read_images(items, spread(len(items), args.n), round(config.zoom * size))
+    chunks = read_images(items, spread(len(items), args.n), round(config.zoom * size))
     with autocast(device, config.precision):
-        figures, tokens, rows = grade_tokenizer(vae, chunks, device, rebuilt)
+        figures, rebuilt, tokens, rows = grade_tokenizer(vae, chunks, device)
         labels, of = labels[rows], f'{len(rows)} validation images ({data.source})'
         show(f'tokenizer, {of}:', figures, figures)
-        write_file(args.out, lambda f: np.savez(f, arr_0=np.concatenate(rebuilt), arr_1=labels))
+        write_file(args.out, lambda f: np.savez(f, arr_0=rebuilt, arr_1=labels))
         if var is not None:
             figures = grade_transformer(vae, var, tokens, indices[labels], device)
             show(f'transformer, {of}:', figures, figures)

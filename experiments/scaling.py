@@ -32,7 +32,7 @@ from ablation import new_folder, train
 from support.checkpoints import build, load
 from support.data import read_tokens
 from support.images import make_grid, save_image, to_uint8
-from support.options import a_path, add_shared, at_least_1, make_parser, nonnegative
+from support.options import add_shared, at_least_1, make_parser, nonnegative
 from support.run import pick_device, run, tell
 from train import TransformerStage
 
@@ -120,7 +120,7 @@ def main():
     add('--batch', type=at_least_1, default=32, help='images per step [32]')
     add('--lr', type=nonnegative, default=1.5e-3,
         help='peak learning rate at depth 4; at depth d it is sqrt(4 / d) times that [0.0015]')
-    add('--out', type=a_path, default='scaling', help='a new folder for everything [scaling]')
+    add('--out', type=Path, default='scaling', help='a new folder for everything [scaling]')
     args = parser.parse_args()
     device = pick_device(args.device)
     vae, _, ckpt = load(args.ckpt)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from support.options import RECIPES
-from support.run import UserError, local_rank, reason, seed_of, tell, wait_for_all
+from support.run import UserError, local_rank, reason, seed_of, wait_for_all
 from tokenizer import VQVAE
 from var import VAR
 
@@ -61,9 +61,8 @@ def of_release(vae, var):
 
 
 def read_checkpoint(path, tokenizer=None):
-    """The checkpoint in a file; tokenizer: a second file, with the tokenizer that a released
-    transformer needs. UserError for other files, and if a tokenizer is missing or is there twice.
-    """
+    """The checkpoint in a file, with the tokenizer in a second one, which a released transformer
+    needs. UserError for other files, and if there is no tokenizer."""
     ckpt = read_file(path)
     nested = ckpt.get('trainer', {})                            # of the official trainer
     if {'vae_local', 'var_wo_ddp'} <= {*nested}:
@@ -74,8 +73,6 @@ def read_checkpoint(path, tokenizer=None):
         ckpt = of_release(ckpt, None)
     elif not ({'config', 'stage', 'vae', 'var'} <= {*ckpt} and 'network' in ckpt['config']):
         raise UserError(f'{path} is no checkpoint of train.py, and no released one')
-    if tokenizer and ckpt['vae']:
-        raise UserError(f'{path} has a tokenizer of its own: leave out --tokenizer {tokenizer}')
     if tokenizer:
         second = read_checkpoint(tokenizer)
         ckpt['vae'] = second['vae']
@@ -101,11 +98,12 @@ def load_weights(model, weights, path):
         raise UserError(f'{path}: not the weights of this model: {reason(e)}') from e
 
 
-def load(path, tokenizer=None):
+def load(path, tokenizer=None, patch_nums=RECIPES['patch_nums'][-1]):
     """Both models of read_checkpoint(path, tokenizer): (vae, var, ckpt), on the CPU, in evaluation
-    mode. var is None before stage 2: it would not fit a tokenizer that is still being trained."""
+    mode. var is None before stage 2: it would not fit a tokenizer that is still being trained.
+    patch_nums: the scales of a released tokenizer, which does not tell them."""
     ckpt = read_checkpoint(path, tokenizer)
-    ckpt['config'].setdefault('patch_nums', RECIPES['patch_nums'][-1])
+    ckpt['config'].setdefault('patch_nums', patch_nums)
     vae, var = build(Namespace(**ckpt['config']), ckpt['classes'])
     load_weights(vae, ckpt['vae'], tokenizer or path)
     if ckpt['stage'] == 'tokenizer':
@@ -119,44 +117,25 @@ def start_from(config, given, classes):
 
     They have the weights of --init and, for a released transformer, of the tokenizer in the file
     --tokenizer; without --init new ones, or with the tokenizer of that file. With --tokenizer train
-    stage 1 goes on with them. Classes that the transformer knows keep their embeddings, and others
-    get new ones. The sizes of the files become those of the config: UserError if others are given.
+    stage 1 goes on with them. The sizes of the files become those of the config. UserError if
+    others are given, or another number of classes than the transformer has.
     """
     torch.manual_seed(seed_of(config.seed))
     tokenizer = fetch(*OFFICIAL) if config.tokenizer == 'official' else config.tokenizer
     path = config.init or tokenizer
     if path == 'train':
         return build(config, classes)
-    is_second = config.init and tokenizer not in ('train', config.init)
-    ckpt = read_checkpoint(path, tokenizer if is_second else None)
-    has_var = config.init and ckpt['stage'] == 'transformer'
+    second = tokenizer if config.init and tokenizer not in ('train', config.init) else None
+    vae, var, ckpt = load(path, second, config.patch_nums)
+    keeps_var = config.init and var is not None
     sizes = ('patch_nums', 'vocab_size', 'ch', 'network')
-    for name in sizes + (('depth', 'shared_aln') if has_var else ()):
-        value = ckpt['config'].get(name, getattr(config, name))
+    for name in sizes + (('depth', 'shared_aln') if keeps_var else ()):
+        value = ckpt['config'][name]
         if given.get(name, value) != value:
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
         setattr(config, name, value)
-    vae, var = build(config, classes)
-    load_weights(vae, ckpt['vae'], tokenizer if is_second else path)
-    if has_var:
-        table, old = var.class_emb.weight.detach().clone(), ckpt['var']['class_emb.weight']
-        indices = match_classes(classes, ckpt['classes'])
-        for row, index in zip(table, [*indices, -1]):                       # -1: "no class"
-            if index is not None:
-                row.copy_(old[index])
-        load_weights(var, {**ckpt['var'], 'class_emb.weight': table}, path)
-        tell(f'{indices.count(None)} of {len(classes)} classes are new to {path}')
-    elif config.init:
-        tell(f'{path} has no trained transformer: it will be a new one')
+    if not keeps_var:
+        return vae, build(config, classes)[1]
+    if var.num_classes != len(classes):
+        raise UserError(f'{path} has {var.num_classes} classes, and the data {len(classes)}')
     return vae, var
-
-
-def match_classes(classes, known):
-    """The index of each class among those that a transformer knows, or None: a list. Released files
-    know their classes by number: as many classes of other names are taken in their order. So is a
-    single class, whatever its name."""
-    are_numbers = known == [str(i) for i in range(len(known))]
-    if len(classes) == len(known) and (len(known) == 1 or are_numbers and classes[0] not in known):
-        return list(range(len(known)))
-    index = {name: i for i, name in enumerate(known)}
-    return [index.get(name) for name in classes]

@@ -5,6 +5,8 @@ import os
 import tarfile
 import zlib
 from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,10 +63,7 @@ CIFAR10 = ('https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
 def cifar10(path):
     """Images uint8 (60000, 32, 32, 3), labels int64 (60000,), and the classes; the last 10,000 are
     for validation. A record is a label byte and 3 x 1024 bytes of red, green and blue rows.
-
-    The archive is read in memory, by name: nothing in it can be written to the disk. UserError for
-    a file that is not the whole of CIFAR-10.
-    """
+    UserError for a file that is not the whole of CIFAR-10."""
     names = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin', 'batches.meta.txt']
     try:
         with tarfile.open(path) as tar:
@@ -84,34 +83,27 @@ VAL_NAMES = ('val', 'valid', 'validation', 'test')              # the first one 
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
 
 
-def list_folder(folder):
-    """The images in a folder and in its images/, as sorted paths; and its other subfolders."""
-    images, folders = [], []
-    for place in (folder, folder / 'images'):
-        for entry in os.scandir(place) if place.is_dir() else ():
-            if entry.name.startswith('.'):
-                continue
-            if entry.name.lower().endswith(ENDINGS):
-                images.append(entry.path)
-            elif place == folder and entry.name != 'images' and entry.is_dir():
-                folders.append(folder / entry.name)
-    return sorted(images), folders
+def list_images(folder):
+    """The images in a folder and in its images/: sorted paths."""
+    return sorted(os.path.join(place, name) for place in (folder, folder / 'images')
+                  if place.is_dir() for name in os.listdir(place)
+                  if name.lower().endswith(ENDINGS) and not name.startswith('.'))
+
+
+def list_folders(folder):
+    """The folders in a folder: sorted by name, or by number if all of them are numbers."""
+    found = sorted(path for path in folder.glob('[!.]*') if path.is_dir())
+    are_numbers = all(path.name.isdecimal() for path in found)
+    return sorted(found, key=lambda path: int(path.name)) if are_numbers else found
 
 
 def list_classes(folder):
-    """The groups of a folder: {class: paths} of its class folders, sorted by name, or by number if
-    all are numbers; {'images': paths} where images lie in it alone; {} for anything else."""
-    images, folders = list_folder(folder)
-    found = {path.name: list_folder(path)[0] for path in folders}
-    names = sorted(name for name, paths in found.items() if paths)
-    if all(name.isdecimal() for name in names):
-        names.sort(key=int)
-    classes = {name: found[name] for name in names}
-    without = len(found) - len(classes)
-    if classes and (images or without):
-        tell(f'{folder}: left out are {without} folders without images directly in them, and '
-             f'{len(images)} images beside the class folders')
-    return classes or ({'images': images} if images else {})
+    """The groups of a folder: {class: paths} of its class folders; {'images': paths} where images
+    lie in it alone; {} for anything else."""
+    found = {path.name: list_images(path) for path in list_folders(folder)}
+    groups = {name: paths for name, paths in found.items() if paths and name != 'images'}
+    images = list_images(folder)
+    return groups or ({'images': images} if images else {})
 
 
 def hold_out(groups):
@@ -133,15 +125,13 @@ def read_folder(root):
     folder that is not laid out as LAYOUTS say."""
     if not root.is_dir():
         raise UserError(f'--data {root}: no such folder; {LAYOUTS}')
-    inside = {path.name.lower(): path for path in list_folder(root)[1]}
+    inside = {path.name.lower(): path for path in list_folders(root)}
     vals = [inside[name] for name in VAL_NAMES if name in inside]
     # A folder that is called train can also be a class, beside bus and truck.
-    is_split = 'train' in inside and (vals or list_folder(inside['train'])[1])
+    is_split = 'train' in inside and (vals or list_folders(inside['train']))
     train = list_classes(inside['train'] if is_split else root)
     if not train:
-        would_do = [path for path in inside.values() if any(list_folder(path))]
-        hint = f'did you mean {would_do[0]}?' if len(would_do) == 1 else LAYOUTS
-        raise UserError(f'--data {root}: no images in it; {hint}')
+        raise UserError(f'--data {root}: no images in it, but the folders {[*inside]}; {LAYOUTS}')
     val = list_classes(vals[0]) if is_split and vals else {}
     if val and {*val} <= {*train}:
         return train, val, vals[0].name + '/'
@@ -156,18 +146,11 @@ class Data(NamedTuple):
     classes: list
     source: str
 
-    @property
-    def counts(self):
-        """How many images are for training, and how many for validation: a list."""
-        return [len(labels) for _, labels in (self.train, self.val)]
-
 
 def read_data(config):
     """The Data that a config names. Opens no image of a folder. UserError if it is not there, or if
     nothing is left for training or for validation."""
     if config.data in BUILT_IN:
-        if Path(config.data).is_dir():
-            tell(f'--data {config.data} is not the folder of that name: that is ./{config.data}')
         if config.data == 'shapes':
             images, labels = shapes(9000, config.size)
             names, n, source = list(SHAPES), 8000, 'drawn'
@@ -178,31 +161,20 @@ def read_data(config):
                 for part in (slice(n), slice(n, None))]
     else:
         *sets, source = read_folder(Path(config.data))
-    classes = choose_classes(config.classes, list(sets[0]))
+    classes = list(sets[0])[:config.classes or None]
     pairs = []
     for groups in sets:
         parts = [groups.get(name, [])[:config.limit or None] for name in classes]
-        labels = np.repeat(np.arange(len(classes), dtype=np.int64), [*map(len, parts)])
+        labels = np.repeat(np.arange(len(classes)), [*map(len, parts)])
         pairs.append(([item for part in parts for item in part], labels))
-    data = Data(*pairs, classes, source)
-    if 0 in data.counts:
+    counts = [len(items) for items, _ in pairs]
+    if 0 in counts:
         raise UserError(f'--data {config.data}: at least two images of a class are needed')
-    agree(data.counts, 'number of images in --data')
+    agree(counts, 'number of images in --data')
     names = ', '.join(classes[:12]) + (', ...' if len(classes) > 12 else '')
     tell('{} training and {} validation images ({}), {} classes: {}'.format(
-        *data.counts, source, len(classes), names))
-    return data
-
-
-def choose_classes(asked, names):
-    """The classes of --classes: those of these names, or the first N. UserError for others."""
-    known = {*names}
-    if len(asked) == 1 and asked[0] not in known and asked[0].isdecimal():
-        asked = names[:int(asked[0])] or asked
-    for name in asked:
-        if name not in known:
-            raise UserError(f'--classes {name}: no such class; there are {", ".join(names[:12])}')
-    return list(dict.fromkeys(asked)) or names                  # each once
+        *counts, source, len(classes), names))
+    return Data(*pairs, classes, source)
 
 
 def spread(N, n):
@@ -241,10 +213,9 @@ def tokenize(vae, chunks, config, views):
     chunks: lists of (row, image), as read_images() yields them. The first view of an image is the
     centre crop, the others are random ones; with flip, every second view is mirrored.
     """
-    size, B = vae.image_size, images_per_pass(vae.image_size)
-    tokens, rows = [np.empty((0, sum(p * p for p in vae.patch_nums)), np.uint16)], []
+    size, B, found = vae.image_size, images_per_pass(vae.image_size), []
     for chunk in chunks:
-        crops = []
+        rows, crops = [], []
         for row, image in chunk:
             for view in range(views):
                 rng = np.random.default_rng((config.seed, view, row))
@@ -254,10 +225,10 @@ def tokenize(vae, chunks, config, views):
         for start in range(0, len(crops), B):
             images = torch.from_numpy(np.stack(crops[start:start + B])).to(config.device)
             maps = vae.encode(to_tensor(images))                            # K of (B, l)
-            tokens.append(torch.cat(maps, dim=1).cpu().numpy().astype(np.uint16))   # (B, L)
-    parts = gather((np.concatenate(tokens), np.array(rows, np.int64)))
+            tokens = torch.cat(maps, dim=1).cpu().numpy().astype(np.uint16)  # (B, L)
+            found += zip(rows[start:start + B], tokens)
+    parts = gather(found)
     if parts is None:
         return None
-    tokens, rows = (np.concatenate(values) for values in zip(*parts))
-    order = rows.argsort(kind='stable')         # the views of an image stay in order
-    return tokens[order], rows[order]
+    rows, tokens = zip(*sorted(chain(*parts), key=itemgetter(0)))       # views stay in order
+    return np.stack(tokens), np.array(rows)

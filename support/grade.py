@@ -3,8 +3,6 @@ transformer (Section 5.2).
 
 Letters: B images per batch, n in all, H x W pixels, V codes, K scales, l tokens of one, L of all.
 """
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,16 +11,15 @@ from support.images import crop, images_per_pass, to_tensor, to_uint8
 
 
 @torch.no_grad()
-def grade_tokenizer(vae, chunks, device, rebuilt=None):
+def grade_tokenizer(vae, chunks, device):
     """Grades the tokenizer on the centres of images: chunks are lists of (row, image), as
-    read_images() yields them. Returns figures, a dict; the images' tokens, (n, L) int64; and their
-    rows, a list.
+    read_images() yields them. Returns figures, a dict; the reconstructions, uint8 (n, H, W, 3); the
+    images' tokens, int64 (n, L); and their rows, a list.
 
-    PSNR in dB, entropy in bits. 'usage k' is the number of codes that scale k uses, divided by V,
-    or by the number of its tokens in these images if that is smaller. rebuilt: a list that the
-    reconstructions are appended to, uint8 (B, H, W, 3) each.
+    PSNR in dB. 'usage k' is the number of codes that scale k uses, divided by V, or by the number
+    of its tokens in these images if that is smaller.
     """
-    decibels, tokens, rows, size = [], [], [], vae.image_size
+    decibels, rebuilt, tokens, rows, size = [], [], [], [], vae.image_size
     for chunk in chunks:
         rows += [row for row, _ in chunk]
         for start in range(0, len(chunk), images_per_pass(size)):
@@ -33,21 +30,15 @@ def grade_tokenizer(vae, chunks, device, rebuilt=None):
             mse = (a - b).square().mean((1, 2, 3)).clamp_min(1e-10)         # (B,)
             decibels.append(-10 * (mse / 4).log10().cpu())                  # peak to peak is 2
             tokens.append(torch.cat(maps, dim=1).cpu())                     # (B, L)
-            if rebuilt is not None:
-                rebuilt.append(to_uint8(b))
+            rebuilt.append(to_uint8(b))
     tokens = torch.cat(tokens)                                              # (n, L)
 
-    V = vae.quantize.V
     hits = vae.quantize.count(tokens.to(device)).cpu()                      # (K, V)
-    usage = (hits > 0).sum(1) / hits.sum(1).clamp_max(V)                    # (K,)
-    p = hits / hits.sum(1, keepdim=True)                                    # (K, V)
-    entropy = torch.special.entr(p).sum(1) / math.log(2)                    # (K,), bits per token
-    bits = sum(side * side * h for side, h in zip(vae.patch_nums, entropy.tolist()))
+    usage = (hits > 0).sum(1) / hits.sum(1).clamp_max(vae.quantize.V)       # (K,)
     figures = {'PSNR': torch.cat(decibels).mean().item(),
-               'codebook usage': (hits.sum(0) > 0).float().mean().item(),
-               'bits per token': bits / tokens.shape[1], 'bits per image': bits}
+               'codebook usage': (hits.sum(0) > 0).float().mean().item()}
     figures |= {f'usage {k}': value for k, value in enumerate(usage.tolist())}
-    return figures, tokens, rows
+    return figures, np.concatenate(rebuilt), tokens, rows
 
 
 @torch.no_grad()

@@ -4,23 +4,21 @@ import re
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from support.run import (UserError, local_rank, progress, rank_and_world, reason, wait_for_all,
-                         write_file)
+from support.run import UserError, progress, reason, write_file
 
 
 def open_image(path, size, behind='white'):
     """An image file as an RGB PIL image, upright. A JPEG may be decoded smaller, down to 2 `size`.
+    UserError if Pillow cannot read the whole of it, or for more than 8 bits per channel.
 
-    `behind` is the colour that shows through transparency. If all of it is transparent, that is
-    ignored. Of an animation the first frame is used, and colour profiles are ignored.
-    Raises UserError if Pillow cannot read the whole of it, or for more than 8 bits per channel.
+    `behind` is the colour that shows through transparency, unless all of it is transparent. Of an
+    animation the first frame is used, and colour profiles are ignored.
     """
     try:
         with Image.open(path) as image:
@@ -56,11 +54,6 @@ def crop(pixels, size, spot=(0.5, 0.5)):
     return pixels[top:top + size, left:left + size]
 
 
-def square(image, size):
-    """The centre of a PIL image, as large as it can be, as uint8 (size, size, 3)."""
-    return crop(fit(image, size), size)
-
-
 def read_images(items, rows, side, what='images read'):
     """Reads the images of `items` with the indices `rows`: paths, or arrays uint8 (h, w, 3).
 
@@ -71,8 +64,8 @@ def read_images(items, rows, side, what='images read'):
     def read(row):
         item = items[row]
         try:
-            is_array = isinstance(item, np.ndarray)
-            return row, fit(Image.fromarray(item) if is_array else open_image(item, side), side)
+            is_file = isinstance(item, str)
+            return row, fit(open_image(item, side) if is_file else Image.fromarray(item), side)
         except UserError as e:
             return row, e
 
@@ -96,39 +89,11 @@ def read_images(items, rows, side, what='images read'):
             progress(what, start + len(found), len(rows), began)
 
 
-def store_images(items, labels, side, folder, name):
-    """Reads a set of images once. Returns those that can be read, a list of N arrays uint8
-    (h, w, 3), and their labels, int64 (N,).
-
-    The arrays are mapped into memory from a file in a folder, which the first process of a machine
-    writes and all of its processes map. It is deleted as soon as they have, so that no later run
-    can find it; the arrays stay valid. (Windows keeps it until the next run replaces it.)
-    """
-    path, found = folder / f'.{name}-{rank_and_world()[0] - local_rank()}', []
-
-    def write(f):
-        for chunk in read_images(items, range(len(items)), side):
-            for row, image in chunk:
-                f.write(image.tobytes())
-                found.append((row, *image.shape))
-
-    if local_rank() == 0:
-        write_file(path, write)
-    of_first = [found]
-    if dist.is_initialized():
-        dist.broadcast_object_list(of_first, 0)
-    wait_for_all()                              # until every machine has its file
-    rows, *shapes = np.array(of_first[0], np.int64).T                       # (N,) each
-    ends = np.prod(shapes, axis=0).cumsum()                                 # (N,)
-    pixels = np.asarray(np.memmap(path, np.uint8, 'r'))
-    if len(pixels) != ends[-1]:
-        raise UserError('the machines do not read the same images')
-    wait_for_all()                              # until every process has mapped its file
-    if local_rank() == 0:
-        with suppress(PermissionError):         # Windows keeps a file that is mapped
-            path.unlink()
-    parts = np.split(pixels, ends[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, zip(*shapes))], labels[rows]
+def read_all(items, labels, side):
+    """Those of a set that read_images() can read: a tuple of N images uint8 (h, w, 3), and their
+    labels, int64 (N,)."""
+    rows, images = zip(*chain.from_iterable(read_images(items, range(len(items)), side)))
+    return images, labels[list(rows)]
 
 
 def to_tensor(arrays):

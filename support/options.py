@@ -1,5 +1,4 @@
-"""The options of the commands: types, those that several commands have, the recipes of train.py,
-and what --cls means."""
+"""The options of the commands: types, shared ones, the recipes of train.py, what --cls means."""
 import argparse
 import math
 import os
@@ -7,41 +6,13 @@ from pathlib import Path
 
 import torch
 
-from support.run import PRECISIONS, UserError, rank_and_world, reason
+from support.run import PRECISIONS, UserError, write_file
 
 
 def make_parser(description):
     """An argparse parser that shows the description as it is written, and a usage of one line."""
     return argparse.ArgumentParser(description=description, usage='%(prog)s [options], see --help',
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def a_path(text):
-    """An argparse type: a Path. The shell leaves the ~ of --out=~/runs as it is."""
-    return Path(text).expanduser()
-
-
-def new_file(text):
-    """An argparse type: the Path of a file to be written. It is tried here, so that an error comes
-    before the work and not after it."""
-    path = a_path(text)
-    part = path.with_name(f'.{path.name}.part')                 # as write_file() does
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        part.unlink(missing_ok=True)            # another process can have been faster
-        if path.is_dir():
-            raise IsADirectoryError('it is a folder')
-    except OSError as e:
-        raise argparse.ArgumentTypeError(f'cannot write {path}: {reason(e)}') from e
-    return path
-
-
-def new_picture(text):
-    """The same for a picture."""
-    if not text.lower().endswith('.png'):
-        raise argparse.ArgumentTypeError(f'{text}: the name must end with .png')
-    return new_file(text)
 
 
 def number(kind, low, high=math.inf):
@@ -70,15 +41,29 @@ def sides(text):
     return values
 
 
+def new_file(ending):
+    """An argparse type: the Path of a file to be written, whose name ends so. The place is tried,
+    so that an error comes before the work and not after it."""
+    def convert(text):
+        path = Path(text)
+        if path.suffix != ending:
+            raise argparse.ArgumentTypeError(f'{text}: the name must end with {ending}')
+        probe = path.with_name(f'.{path.name}.{os.getpid()}')
+        write_file(probe, lambda f: None)
+        probe.unlink()
+        return path
+    return convert
+
+
 SHARED = {
-    '--ckpt': dict(type=a_path, default='ckpt.pt', help='of train.py, or a released one [ckpt.pt]'),
-    '--tokenizer': dict(type=a_path, help='a released tokenizer, for a released transformer'),
-    '--data': dict(type=os.path.expanduser, help='as for train.py [that of the training]'),
+    '--ckpt': dict(type=Path, default='ckpt.pt', help='of train.py, or a released one [ckpt.pt]'),
+    '--tokenizer': dict(type=Path, help='a released tokenizer, for a released transformer'),
+    '--data': dict(help='as for train.py [that of the training]'),
     '--cls': dict(nargs='+', action='extend', help='class names, indices, or all'),
     '--n': dict(type=at_least_1, default=8, help='images per class [8]'),
     '--cfg': dict(type=a_guidance, help='guidance of the last scale [of the checkpoint]'),
     '--seed': dict(type=a_seed, default=0, help='the same images for the same seed and options'),
-    '--npz': dict(type=new_file, help='a shuffled file for the evaluators of FID, not a sheet'),
+    '--npz': dict(type=new_file('.npz'), help='a shuffled file for evaluators of FID, not a sheet'),
     '--precision': dict(choices=PRECISIONS, help='[of the checkpoint]'),
     '--device': dict(help='cuda or cpu [the best there is]')}
 
@@ -120,7 +105,7 @@ RECIPES = {
     # Options of VAR.generate. The last ones are those behind the FID of Section 5.1.
     'sampling': (dict(cfg=4., top_k=20, top_p=0.), dict(cfg=6., top_k=400, top_p=0.),
                  dict(cfg=8., top_k=10, top_p=0.), dict(cfg=1.5, top_k=900, top_p=0.96))}
-DEFAULTS = dict(data='shapes', classes=[], limit=0, seed=0, init='', precision=None, compile=None)
+DEFAULTS = dict(data='shapes', classes=0, limit=0, seed=0, init='', precision=None, compile=None)
 
 # What --resume may change: how a run ends and how fast it goes, but not what it is.
 CHANGEABLE = ('steps', 'tokenizer_steps', 'lr', 'tokenizer_lr', 'micro_batch', 'precision',
@@ -142,17 +127,17 @@ def parse(description):
             how |= dict(type=kind, metavar='X')
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **how)
 
-    path, switch = os.path.expanduser, dict(action=argparse.BooleanOptionalAction)
-    add('--data', 'shapes, cifar10, or a folder of images [shapes]', path)
+    switch = dict(action=argparse.BooleanOptionalAction)
+    add('--data', 'shapes, cifar10, or a folder of images [shapes]')
     add('--size', 'side of the images [32; of a folder 256]', at_least_1)
-    add('--classes', 'the classes of these names, or the first N', nargs='+')
-    add('--limit', 'use at most so many images per class; 0: all', a_count)
+    add('--classes', 'the first so many classes; 0: all', a_count)
+    add('--limit', 'so many images of each class, at most; 0: all', a_count)
     add('--seed', 'seed of everything random [0]', a_seed)
-    add('--init', 'weights to start from; with --tokenizer train stage 1 goes on with them', path)
-    add('--out', 'folder of the run [.]', a_path)
+    add('--init', 'weights to start from; with --tokenizer train stage 1 goes on with them')
+    add('--out', 'folder of the run [.]', Path)
     add('--resume', f'go on with the run in --out, or begin it; may change {", ".join(CHANGEABLE)}',
         action='store_true')
-    add('--tokenizer', 'train one, or official, or that of a file', path)
+    add('--tokenizer', 'train one, or official, or that of a file')
     add('--patch-nums', 'sides of the token maps', sides)
     add('--vocab-size', 'V: codes', number(int, 2, 2 ** 16))
     add('--ch', 'channels of the VQVAE at full resolution', at_least_1)
@@ -183,19 +168,7 @@ def make_config(given):
     recipe = {name: values[column] for name, values in RECIPES.items()}
     if given.get('init'):
         recipe['tokenizer'] = given['init']
-    return check_batches(argparse.Namespace(
-        **{**DEFAULTS, **recipe, 'out': Path(), **given, 'size': size}))
-
-
-def check_batches(config, stage='tokenizer'):
-    """Returns the config. UserError if the processes cannot share the batches that are left."""
-    _, world = rank_and_world()
-    has_stage_1 = stage == 'tokenizer' and config.tokenizer == 'train'
-    for batch in (config.batch, config.tokenizer_batch if has_stage_1 else 0):
-        if batch % world:
-            raise UserError(f'a batch of {batch} images must be a multiple of the {world} '
-                            'processes: --batch, --tokenizer-batch')
-    return config
+    return argparse.Namespace(**{**DEFAULTS, **recipe, 'out': Path(), **given, 'size': size})
 
 
 def resume_config(given, ckpt):
@@ -208,19 +181,19 @@ def resume_config(given, ckpt):
         if name not in NOT_SAVED and value != before and (is_too_late or name not in CHANGEABLE):
             raise UserError(f'--{name.replace("_", "-")} {value}: the run in {config.out} has '
                             f'{before}, and --resume cannot change it')
-    return check_batches(config, ckpt['stage'])
+    return config
 
 
 def labels_of(args, ckpt, otherwise):
     """The labels (N,) of --n images of each class of --cls: names, indices, or 'all'. Without it of
     the classes `otherwise`. UserError for unknown ones."""
     names = ckpt['classes']
-    meaning = {'all': range(len(names)), **{str(i): [i] for i in range(len(names))}}
-    meaning.update((name, [i]) for i, name in enumerate(names))     # a folder may be called 7
-    classes = [] if args.cls else list(otherwise)
-    for word in args.cls or ():
-        if word not in meaning:
+    known = {str(i): i for i in range(len(names))}
+    known.update((name, i) for i, name in enumerate(names))         # a folder may be called 7
+    words = names if args.cls == ['all'] else args.cls or []
+    for word in words:
+        if word not in known:
             raise UserError(f'--cls {word}: no such class; there are all, 0 to {len(names) - 1}, '
                             f'{", ".join(names[:12])}')
-        classes += meaning[word]
+    classes = [known[word] for word in words] or list(otherwise)
     return torch.tensor(classes).repeat_interleave(args.n)

@@ -1,11 +1,9 @@
 """What the commands share: errors, devices, precision, processes, the log, files."""
-import csv
 import os
+import re
 import sys
 import time
-from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,39 +20,28 @@ def reason(e):
     return ' '.join(line.strip() for line in lines[:2]).strip(' .:')
 
 
-def is_out_of_memory(e):
-    """Whether an exception of CUDA or its libraries, of torch on the CPU or of numpy says so."""
-    signs = ('out of memory', 'alloc_failed', 'allocate memory', 'enough memory', 'memoryerror')
-    return any(sign in f'{type(e).__name__} {e}'.lower() for sign in signs)
-
-
 def run(main):
     """Runs a command. A UserError, an OSError or the end of memory ends in one line and status 2,
     Ctrl-C in one line and 130. Any other exception is a fault of the program, and keeps its
     traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):                      # a notebook's has no encoding
-            stream.reconfigure(errors='backslashreplace')       # names that a terminal cannot show
-    status, message = 2, ''
+    status = 2
     try:
         main()
         wait_for_all()                          # until the first process has written its files
         status = 0
     except KeyboardInterrupt:
-        status, message = 130, 'stopped'                        # as shells have it: 128 + SIGINT
+        print('stopped', file=sys.stderr)
+        status = 130                                            # as shells have it: 128 + SIGINT
     except (UserError, OSError) as e:
-        message = f'error: {e}'
+        print(f'error: {e}', file=sys.stderr)
     except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
+        # Of CUDA and its libraries, of torch on a CPU, and of numpy.
+        if not re.search('out of memory|alloc|MemoryError', f'{type(e).__name__} {e}', re.I):
             raise
-        message = ('error: out of memory: try a smaller --tokenizer-batch in stage 1, '
-                   '--micro-batch in stage 2, or --batch in sample.py')
-    if message:
-        print(message, file=sys.stderr, flush=True)
+        print('error: out of memory: try a smaller --tokenizer-batch in stage 1, --micro-batch in '
+              'stage 2, or --batch in sample.py', file=sys.stderr)
     if dist.is_initialized():
         # While Python shuts down, a thread of gloo can abort the process: os._exit skips that.
-        if status == 0:
-            dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(status)
     if status:
@@ -62,10 +49,8 @@ def run(main):
 
 
 def pick_device(name=None):
-    """The named device, or cuda where there is one, else cpu. UserError if it cannot be used.
-
-    Under torchrun it also joins the process group; each process takes the GPU of its local rank.
-    """
+    """The named device, or cuda where there is one, else cpu. UserError if it cannot be used. Under
+    torchrun it joins the process group, and each process takes the GPU of its local rank."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         device = torch.device(f'cuda:{local_rank()}' if name == 'cuda' else name)
@@ -90,10 +75,9 @@ def choose_precision(device, name=None):
     """name, or without one the fastest of PRECISIONS that the device computes natively."""
     if name:
         return name
-    if device.type == 'cuda':                   # from Ampere on; V100 and T4 have float16 alone
-        capability = torch.cuda.get_device_capability(device)
-        return ('bfloat16' if capability >= (8, 0) else
-                'float16' if capability >= (7, 0) else 'float32')
+    if device.type == 'cuda':                   # from Ampere on; a V100 and a T4 have float16
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return 'bfloat16' if bfloat16 else 'float16'
     native = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
     return 'bfloat16' if device.type == 'cpu' and native() else 'float32'
 
@@ -101,24 +85,7 @@ def choose_precision(device, name=None):
 def autocast(device, name=None):
     """An autocast context in the named precision, by default in the device's best one."""
     name = choose_precision(device, name)
-    if name == 'float32':
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, name))
-
-
-def use_compiler(config):
-    """Whether stage 2 is compiled: if it is asked for, and without --no-compile on a GPU if there
-    are enough steps to make up for the minute that it takes; False if torch.compile fails."""
-    wanted = config.compile
-    if wanted is None:
-        wanted = config.device.type == 'cuda' and config.steps >= 1000
-    try:
-        if wanted:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=config.device))
-    except Exception as e:                      # the compiler can raise anything
-        tell(f'not compiled, because torch.compile does not work here: {reason(e)}')
-        return False
-    return wanted
+    return torch.autocast(device.type, getattr(torch, name), enabled=name != 'float32')
 
 
 def rank_and_world():
@@ -194,47 +161,26 @@ def show(title, figures, names=SHOWN, more=''):
 def write_log(path, stage, step, figures):
     """Appends to a csv file one row per figure: (stage, step, unix time, name, value). A resumed
     run repeats the steps since the checkpoint, and their rows."""
-    with open(path, 'a', newline='') as f:
-        rows, now = csv.writer(f), f'{time.time():.1f}'
+    with open(path, 'a') as f:
         if f.tell() == 0:                                       # a new file
-            rows.writerow(['stage', 'step', 'time', 'name', 'value'])
+            f.write('stage,step,time,name,value')
+        # The end of a row is written with the next one, which is whole if a kill has cut this one.
         for name, value in figures.items():
-            rows.writerow([stage, step, now, name, value])
-
-
-def mend_log(path):
-    """Cuts off a last row without an end, which a kill or a full disk can leave."""
-    if path.exists():
-        whole = path.read_bytes()
-        os.truncate(path, whole.rfind(b'\n') + 1)
-
-
-def read_log(path):
-    """log.csv of train.py: {(stage, name): {step: value}}, in the order of the file. Of a figure
-    that was written twice, because a run was interrupted, the last one counts."""
-    log = {}
-    with open(path, newline='') as f:
-        for row in csv.DictReader(line for line in f if line.endswith('\n')):
-            log.setdefault((row['stage'], row['name']), {})[int(row['step'])] = float(row['value'])
-    return log
+            f.write(f'\n{stage},{step},{time.time():.1f},{name},{value}')
 
 
 def write_file(path, write):
     """Calls write(file) on a temporary file and renames it to path, which therefore holds either
     its old or its new content, never a part. UserError where the disk refuses."""
-    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.part')             # in the same folder, or no rename works
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, 'wb') as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())                        # or a crash could leave an empty file
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as e:
-        raise UserError(f'cannot write {path}: {reason(e)}') from e
-    except RuntimeError as e:                               # of torch.save
-        raise UserError(f'cannot write {path}: the disk may be full ({reason(e)})') from e
+        with open(part, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())                            # or a crash could leave an empty file
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                    # torch.save raises RuntimeError
+        raise UserError(f'cannot write {path}; the disk may be full: {reason(e)}') from e
+    finally:
+        part.unlink(missing_ok=True)
