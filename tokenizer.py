@@ -14,7 +14,7 @@ token map of one scale, P side of the last one and of the latent, l = p * p toke
 L tokens of all scales. k is one of the scales, from 0, where the paper counts from 1. `maps` is a
 list of K token maps r_k, int64 (B, l); `tokens` are those of all scales in one tensor (B, L).
 Parameters have the names of the released files, so that weights load in both directions:
-`quant_resi` holds the phi, and `ema_vocab_hit_SV` the usage of the codes.
+`quant_resi` holds the phi, and `ema_vocab_hit_SV` the usage of the codes by scale (S) and code (V).
 Images are float32 (B, 3, H, W) in [-1, 1].
 """
 import math
@@ -46,7 +46,7 @@ def group_norm(channels):
 class ResBlock(nn.Module):
     """Two convolutions and a shortcut, which is a 1x1 convolution where the width changes.
 
-    norm makes a normalisation for a number of channels, here and below: group_norm or nn.Identity.
+    norm, here and below, is group_norm or nn.Identity: what is called with a number of channels.
     """
 
     def __init__(self, c_in, c_out, norm):
@@ -242,7 +242,8 @@ class Quantizer(nn.Module):
         return self.quant_resi['qresi_ls'][self.phi_index[k]]
 
     def shrink(self, f, k):
-        """interpolate(f, h_k, w_k) by area: f (B, z, P, P) -> (B, l, z)."""
+        """interpolate(f, h_k, w_k) by area: f (B, z, P, P) -> (B, l, z). Where p does not divide P,
+        the cells overlap."""
         small = F.interpolate(f, self.patch_nums[k], mode='area')           # (B, z, p, p)
         return small.flatten(2).transpose(1, 2)                             # (B, l, z)
 
@@ -410,9 +411,7 @@ class VQVAE(nn.Module):
         """Algorithm 1: images (B, 3, H, W) in [-1, 1] -> K token maps (B, l).
 
         In float32 even inside autocast: with bfloat16 in the encoder, up to 5 % of the tokens of
-        the fine scales would differ. (From Ampere on, PyTorch computes the convolutions of
-        float32 in TF32, with which 0.4 % of the tokens differed from a CPU's at 32 px, unless
-        torch.backends.cudnn.allow_tf32 is False.)
+        the fine scales would differ.
         """
         with torch.autocast(images.device.type, enabled=False):
             return [r_k for r_k, _, _ in self.quantize.algorithm1(self.to_latent(images))]

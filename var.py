@@ -31,14 +31,16 @@ Letters: B batch, K scales, p side of the token map of one scale, P that of the 
 tokens of one scale (in training a block gets those of all scales at once), L tokens of all, m of
 those in the cache, w width, d depth, h heads, V codes, z code dimension. k is one of the scales,
 from 0, where the paper counts from 1.
-Parameters have the names of the released files, so that weights load in both directions:
+Parameters have the names of the released files, so that weights load in both directions. Suffixes
+like 1LC are shapes, in the release's letters:
     word_embed              z -> w, for the input of all scales but the first
     pos_start               added to the class embedding, which is the input of the first scale
     pos_1LC, lvl_embed      a vector per position, and one per scale, added to every input
     lvl_1L                  the scale of each token
     attn_bias_for_masking   the block-causal mask
     ada_lin                 the AdaLN of a block
-    ada_gss                 with shared AdaLN: a block's offset to the shared projection
+    ada_gss                 with shared AdaLN: a block's offset to the shared projection, for its
+                            gammas, scales and shifts
     head_nm                 the AdaLN of the head
 """
 import math
@@ -77,7 +79,8 @@ def layer_norm(x):
 def attend(q, k, v, mask):
     """softmax(q k^T + mask) v for q (B, h, l, 64), k and v (B, h, m, 64), mask (l, m) or None.
 
-    For training on a CPU it is written out, because the fused kernel is slower there.
+    There is no 1 / sqrt(64): the factor is in q. For training on a CPU this is written out, because
+    the fused kernel is slower there.
     """
     if mask is not None:
         mask = mask.to(q.dtype)
@@ -95,7 +98,9 @@ class Attention(nn.Module):
         self.mat_qkv = nn.Linear(w, 3 * w, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(w))
         self.v_bias = nn.Parameter(torch.zeros(w))
-        self.register_buffer('zero_k_bias', torch.zeros(w))     # keys have no bias
+        # Keys have no bias, as in the release: in q.k it would add the same to all keys of a query,
+        # which a softmax does not see.
+        self.register_buffer('zero_k_bias', torch.zeros(w))
         self.proj = nn.Linear(w, w)
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
 
@@ -145,14 +150,16 @@ class Block(nn.Module):
 
     def drop_path(self, gamma):
         """Stochastic depth in training: closes the gate gamma (B, 1, w) of a branch for a random
-        share of the images, and opens the others wider, so that the mean stays the same."""
+        share of the images, as if the branch were left out, and opens the others wider, so that
+        the mean stays the same. Both branches of a block draw on their own."""
         if not self.training:
             return gamma
         kept = torch.rand(len(gamma), 1, 1, device=gamma.device) >= self.drop_rate
         return gamma * (kept / (1 - self.drop_rate))
 
     def forward(self, x, modulation, mask, cache=None):
-        """x (B, l, w), modulation: six vectors (B, 1, w), mask and cache as in Attention."""
+        """x (B, l, w), mask and cache as in Attention, modulation: six vectors (B, 1, w), in the
+        order of the release."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         y = layer_norm(x) * (1 + scale1) + shift1                           # (B, l, w)
         x = x + self.attn(y, mask, cache) * self.drop_path(gamma1)          # (B, l, w)
@@ -201,7 +208,7 @@ class VAR(nn.Module):
         # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity
         # (with shared_aln only the blocks' offsets are so small). They open soon: a small gate
         # does not make its own gradient small, and a step of Adam does not depend on the size of
-        # gradients. Their values by depth are the release's.
+        # gradients. Their values by depth are the release's, for other depths 1e-5.
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4, 36: 5e-6}.get(depth, 1e-5)
         ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
@@ -313,14 +320,15 @@ class VAR(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         condition = self.class_emb(labels)                                      # (2B, w)
         of_blocks, of_head = self.modulations(condition)
-        heads = self.blocks[0].attn.heads
-        caches = of_head[0].new_empty(len(self.blocks), 2, len(labels), heads, len(self.mask), 64)
+        # Allocated once for all L tokens, in the precision that autocast gives to modulations.
+        d, heads, L = len(self.blocks), self.blocks[0].attn.heads, len(self.mask)
+        caches = of_head[0].new_empty(d, 2, len(labels), heads, L, 64)
         positions = self.positions()                                            # (1, L, w)
         x = condition[:, None] + self.pos_start                                 # (2B, l, w)
         f_hat, maps, end = vae.quantize.empty(B), [], 0
         for k, p in enumerate(self.patch_nums):
-            start, end = end, end + p * p
-            x = x + positions[:, start:end]                                     # (2B, l, w)
+            first, end = end, end + p * p
+            x = x + positions[:, first:end]                                     # (2B, l, w)
             so_far = caches[..., :end, :]               # this scale's part is not yet written
             for block, modulation, cache in zip(self.blocks, of_blocks, so_far):
                 x = block(x, modulation, None, cache)                           # (2B, l, w)
@@ -361,7 +369,8 @@ def filter_logits(logits, top_k=0, top_p=0.0):
         logits = logits.masked_fill(outside, -torch.inf)
     if 0 < top_p < 1:
         # Probabilities are summed from the unlikeliest code on. While the sum is at most 1 - top_p,
-        # a code is outside the nucleus.
+        # a code is outside the nucleus: of 0.1, 0.2, 0.3 and 0.4, whose sums are 0.1, 0.3, 0.6 and
+        # 1, the first two for a top_p of 0.6.
         ascending, order = logits.sort(dim=-1)
         unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p            # in ascending order
         unlikely[..., -1] = False

@@ -1,17 +1,15 @@
 """Speed of this code on this machine: training, sampling, and VAR against raster-scan AR.
 
     python experiments/bench.py                                     # for a CPU
-    python experiments/bench.py --depths 16 --batch 32 --draw 1 16 64 --baseline-depth 16 --compile
+    python experiments/bench.py --depths 16 --batch 32 --draw 1 16 64 --compile     # a large GPU
 
-The second command suits a large GPU.
-
-Paper: Table 1 (time of sampling), and the appendix on time complexity: O(n^4) for VAR, and O(n^6)
-for raster-scan AR without cached keys and values. Training (a forward and a backward pass on given
+Paper: Table 1 (time of sampling), and the appendix on time complexity: attention of n^2 tokens has
+O(n^4) pairs, as the last scale of VAR has once. Raster-scan AR without cached keys and values has
+n^2 such passes, O(n^6). Training (a forward and a backward pass on given
 tokens, without the optimizer) and sampling (guided, which doubles the batch) have the official
-sizes at 256 px, and the comparison has last maps of 8x8 to 32x32. Weights are random, because speed
-does not depend on them. All times are medians. The peak matmul throughput is measured first and
-last, because a shared machine changes its speed.
-Writes bench.png, the comparison, for two --grids or more.
+sizes at 256 px. Weights are random, because speed does not depend on them. All times are medians.
+The peak matmul throughput is measured first and last: a shared machine changes its speed.
+Writes bench.png, the comparison with raster-scan AR, at depth 6.
 
 Letters: B images per batch, n side of the last token map, d depth, z code dimension, l tokens of
 one scale, L tokens of all.
@@ -31,12 +29,13 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from raster import Raster
-from support.options import add_shared, at_least_1, make_parser, new_file
+from support.options import add_shared, at_least_1, make_parser
 from support.run import autocast, choose_precision, pick_device, run, tell
 from tokenizer import VQVAE
 from var import VAR
 
-# The scales of the comparison, by n. The sides grow geometrically, as the appendix assumes.
+# The comparison: a depth, and scales by n, whose sides grow geometrically, as in the appendix.
+DEPTH = 6
 GRIDS = {8: (1, 2, 3, 4, 6, 8),
          16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
          24: (1, 2, 3, 4, 6, 8, 10, 13, 18, 24),
@@ -107,10 +106,10 @@ def sampling(vae, d, B, device):
     generate = sampler(vae, d, B, device)
     maps = generate()                                                       # K of (B, l)
     with autocast(device):
-        pixels = seconds_of(lambda: vae.decode(maps))
+        decoder = seconds_of(lambda: vae.decode(maps))
     tokens = seconds_of(generate)
-    figures = {'images/s': B / (tokens + pixels), 'ms without the decoder': 1e3 * tokens,
-               'ms of the decoder': 1e3 * pixels}
+    figures = {'images/s': B / (tokens + decoder), 'ms without the decoder': 1e3 * tokens,
+               'ms of the decoder': 1e3 * decoder}
     if device.type == 'cuda':
         # Starting the hundreds of small kernels of a pass takes longer than running them. Nothing
         # in generate() waits for the GPU, so that all of it can be recorded and started as a whole.
@@ -121,17 +120,24 @@ def sampling(vae, d, B, device):
     return figures
 
 
-def draw(sides, seconds, d, path):
-    """The comparison in log-log: for each of the sides (n,) the seconds of VAR and of raster-scan
-    AR. The slope of a line through the points is the exponent of n."""
+def compare(device, path):
+    """Time to draw the tokens of an image, by VAR and by raster-scan AR, for last maps of several
+    sides n; and its picture in log-log, where the slope of a line is the exponent of n."""
+    times = []
+    for n, sides in GRIDS.items():
+        small, single = (VQVAE(x, ch=32, ch_mult=(1,)).to(device).eval() for x in (sides, (n,)))
+        ours, others = (seconds_of(sampler(x, DEPTH, 1, device)) for x in (small, Raster(single)))
+        times.append((ours, others))
+        report(f'{n}x{n} tokens', {'ms by VAR': 1e3 * ours, 'ms by raster-scan AR': 1e3 * others,
+                                   'times as fast': others / ours})
     figure, axis = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
-    for kind, exponent, y in zip(('VAR', 'raster-scan AR'), (4, 6), zip(*seconds)):
-        growth = np.polyfit(np.log(sides), np.log(y), 1)[0]
-        axis.loglog(sides, y, 'o-', label=f'{kind}, cached keys and values: n^{growth:.1f}\n'
-                                          f'(paper, without cache: n^{exponent})')
+    for kind, exponent, y in zip(('VAR', 'raster-scan AR'), (4, 6), zip(*times)):
+        growth = np.polyfit(np.log([*GRIDS]), np.log(y), 1)[0]
+        axis.loglog([*GRIDS], y, 'o-', label=f'{kind}, cached keys and values: n^{growth:.1f}\n'
+                                             f'(paper, without cache: n^{exponent})')
     axis.set(xlabel='side n of the last token map',
-             ylabel=f'seconds per image, depth {d}, without decoder')
-    axis.set_xticks(sides, sides)
+             ylabel=f'seconds per image, depth {DEPTH}, without decoder')
+    axis.set_xticks([*GRIDS], [*GRIDS])
     axis.tick_params(axis='x', which='minor', bottom=False, labelbottom=False)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=80)
@@ -140,27 +146,16 @@ def draw(sides, seconds, d, path):
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add('--depths', type=at_least_1, nargs='+', default=[2, 4, 6, 16],
-        help='that are trained and sampled, at 256 px [2 4 6 16]')
-    add('--batch', type=at_least_1, default=4,
-        help='images that are tokenized, and images per training step [4]')
+    add('--depths', type=at_least_1, nargs='+', default=[2, 4, 6, 16], help='[2 4 6 16]')
+    add('--batch', type=at_least_1, default=4, help='images in training and in the tokenizer [4]')
     add('--draw', type=at_least_1, nargs='+', default=[1, 8], help='images sampled at once [1 8]')
-    add('--baseline-depth', type=at_least_1, default=6,
-        help='depth of VAR and of raster-scan AR in their comparison [6]')
-    add('--grids', type=int, nargs='+', choices=GRIDS, default=[*GRIDS],
-        help='sides of the last token map in that comparison [all of these]')
     add('--compile', action='store_true', help='training also with torch.compile')
-    add('--out', type=new_file('.png'), default='bench.png', help='the picture [bench.png]')
     add_shared(parser, '--device')
     args = parser.parse_args()
     torch.manual_seed(0)
     device, B = pick_device(args.device), args.batch
-    hardware = f'{torch.get_num_threads()} threads'
-    if device.type == 'cuda':
-        hardware = torch.cuda.get_device_name(device)
-    tell(f'{device} ({hardware}), {choose_precision(device)}, torch {torch.__version__}')
+    tell(f'{device}, {choose_precision(device)}, torch {torch.__version__}')
     peak = matmul_throughput(device)
-
     vae = VQVAE().to(device).eval().requires_grad_(False)
     images = torch.rand(B, 3, 256, 256, device=device) * 2 - 1              # (B, 3, H, W)
     with autocast(device):
@@ -173,21 +168,9 @@ def main():
             seconds, flop = training(vae, d, B, device, compiled)
             report(f'training depth {d}, batch {B}, {"" if compiled else "not "}compiled', {
                 'images/s': B / seconds, 'of peak matmul throughput': flop / seconds / peak})
-    for d in args.depths:
         for n in args.draw:
             report(f'sampling depth {d}, batch {n}', sampling(vae, d, n, device))
-
-    d, times = args.baseline_depth, []
-    for n in args.grids:
-        small, single = (VQVAE(sides, ch=32, ch_mult=(1,)).to(device).eval()
-                         for sides in (GRIDS[n], (n,)))
-        ours, others = (seconds_of(sampler(x, d, 1, device)) for x in (small, Raster(single)))
-        times.append((ours, others))
-        report(f'{n}x{n} tokens, depth {d}', {
-            'ms by VAR': 1e3 * ours, 'ms by raster-scan AR': 1e3 * others,
-            'times as fast': others / ours})
-    if len(times) > 1:
-        draw(args.grids, times, d, args.out)
+    compare(device, 'bench.png')
     matmul_throughput(device)
 
 

@@ -28,19 +28,19 @@ import torch
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from ablation import new_folder, train
+from reasons import Stage
 from support.checkpoints import build, load
 from support.data import read_tokens
 from support.images import make_grid, save_image, to_uint8
 from support.options import add_shared, at_least_1, make_parser, nonnegative
-from support.run import pick_device, run, tell
-from train import TransformerStage
+from support.run import UserError, pick_device, run, tell
+from train import train_stage
 
 FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
            'error last': 'Err, last scale', 'error': 'Err, all scales'}
 
 
-class ScalingStage(TransformerStage):
+class ScalingStage(Stage):
     """Also keeps, of every evaluation, a sample of each of the first four classes, for Fig. 7."""
     samples = ()                                                # arrays (4, H, W, 3)
 
@@ -87,13 +87,14 @@ def draw_law(axis, points, title, symbol):
 
 def draw_laws(trained, path):
     """Figs. 5 and 6: the last figures against N (above), and those of all evaluations against C
-    (below), with the power law of the Pareto front. trained: {depth: (N, C, figures)}."""
+    (below), with the power law of the Pareto front. trained: {depth: (N, C, figures of the
+    evaluations)}."""
     figure, axes = plt.subplots(2, 4, figsize=(14, 7), constrained_layout=True)
     for (above, below), (name, title) in zip(axes.T, FIGURES.items()):
         of_N, of_C = [], []
-        for depth, (N, C, figures) in trained.items():
-            steps, values = np.array(list(figures[name].items())).T         # (evaluations,) each
-            spent = C * steps / steps[-1]
+        for depth, (N, C, history) in trained.items():
+            values = [figures[name] for figures in history]
+            spent = C * np.arange(1, len(values) + 1) / len(values)
             below.plot(spent, values, 'o-', label=f'depth {depth}', lw=1, ms=3)
             of_N.append((N, values[-1]))
             of_C += zip(spent, values)
@@ -125,7 +126,8 @@ def main():
     device = pick_device(args.device)
     vae, _, ckpt = load(args.ckpt)
     tokens = read_tokens(args.ckpt.parent)
-    new_folder(args.out)
+    if args.out.exists():
+        raise UserError(f'--out {args.out} is there: choose another, or move it away')
     trained, grid = {}, []
     for depth in args.depths:
         config = Namespace(**ckpt['config'])
@@ -133,11 +135,12 @@ def main():
                             lr=args.lr * math.sqrt(4 / depth), out=args.out / f'd{depth}')
         torch.manual_seed(0)
         _, var = build(config, ckpt['classes'])
+        config.out.mkdir(parents=True)
         stage = ScalingStage(config, vae, var, *tokens)
-        var, figures = train(stage)
+        train_stage(stage, dict(stage='transformer', step=0, optimizer=None))
         N, C = size_and_compute(var, args.steps * args.batch)
-        trained[depth] = N, C, figures
-        last = ', '.join(f'{name} {figures[name][args.steps]:.4f}' for name in FIGURES)
+        trained[depth] = N, C, stage.history
+        last = ', '.join(f'{name} {stage.history[-1][name]:.4f}' for name in FIGURES)
         tell(f'depth {depth}: {N:.2f} M parameters, {C:.3g} PFLOP, {last}')
         # A row per depth; its columns are four classes, each after growing shares of the training.
         samples = np.stack(stage.samples, axis=1)               # (4, evaluations, H, W, 3)

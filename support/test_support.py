@@ -563,16 +563,17 @@ def test_support_is_loaded_before_torch(monkeypatch):
 
 
 def test_readme(trained, tmp_path, monkeypatch):
-    """README.md links [`Class.method`](file.py): each name is defined in its file."""
+    """README.md links [`Class.method`](file.py#L9): the line where it is defined."""
     text = (HERE / 'README.md').read_text()
-    links = re.findall(r'\[`([\w.]+)`\]\(([\w/]+\.py)\)', text)
-    assert len(links) > 20
-    for name, file in links:
+    links = re.findall(r'\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)', text)
+    assert len(links) > 40
+    for name, file, line in links:
         lines, at = (HERE / file).read_text().splitlines(), 0
         for part in name.removeprefix(Path(file).stem + '.').split('.'):
             pattern = rf'\s*(class|def) {part}\b|{part}\b.* = '
             at = next((i for i in range(at, len(lines)) if re.match(pattern, lines[i])), None)
             assert at is not None, f'{name} is not in {file}'
+        assert at + 1 == int(line), f'{name} is in line {at + 1} of {file}'
     for page in (HERE / 'README.md', HERE / 'experiments' / 'README.md'):
         for picture in re.findall(r'[("]([\w./]+\.png)[)"]', page.read_text()):
             assert (page.parent / picture).exists(), picture
