@@ -32,7 +32,7 @@ TINY = ('--size', 32, '--depth', 1, '--ch', 8, '--vocab-size', 99, '--tokenizer-
 
 def pytest_configure(config):
     """A warning about this project's own lines is an error."""
-    for module in ('var', 'tokenizer', 'train', 'sample', 'support', 'edit', 'evaluate', 'reject'):
+    for module in ('var', 'tokenizer', 'train', 'sample', 'support', 'edit', 'evaluate', 'reasons'):
         for kind in ('DeprecationWarning', 'FutureWarning', 'UserWarning'):
             config.addinivalue_line('filterwarnings', f'error::{kind}:{module}')
 

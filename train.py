@@ -295,7 +295,8 @@ def train_stage(stage, state):
             check()
             all_reduce([figures['loss']])
             seconds = (time.monotonic() - began) / (step + 1 - start)   # per step, all included
-            figures |= {'learning rate': group['lr'], 'images/s': stage.batch / seconds}
+            figures |= {'learning rate': stage.lr * learning_rate(step, stage.steps),
+                        'images/s': stage.batch / seconds}
             if rank == 0:
                 write_log(config.out / 'log.csv', stage.name, step,
                           {f'train {name}': value for name, value in figures.items()})

@@ -1,6 +1,6 @@
 """Zero-shot editing (Section 6, Fig. 8): in-painting, out-painting, class-conditional editing.
 
-    python experiments/edit.py photo.jpg --mask mask.png --paste            # in-painting
+    python experiments/edit.py photo.jpg --mask mask.png                    # in-painting
     python experiments/edit.py photo.jpg --box .25,.25,.75,.75 --cls 3      # as class 3
     python experiments/edit.py photo.jpg --box 0,0,1,.5 --outside           # out-painting
 
@@ -9,8 +9,7 @@ stretched over the whole photograph; where it is transparent, it marks nothing. 
 cropped to the square in the middle, and a box is in fractions of this square. Without --cls the
 label is "no class", as in the paper's in- and out-painting, and --cfg has no effect. The sheet
 shows in each row the photograph, the part that is kept, and the results. The tokens that are kept
-are those of the whole photograph, so that the kept part shows the tokenizer's own errors; --paste
-puts the photograph's pixels back there.
+are those of the whole photograph, so that the kept part shows the tokenizer's own errors.
 
 Letters: N images in all, H x W pixels, P side of the last token map, K scales, l tokens of one.
 """
@@ -24,12 +23,11 @@ import support                                  # before torch: see there
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter
 
 from sample import draw_all, load_for_sampling
 from support.images import crop, fit, make_grid, open_image, save_image, to_tensor
 from support.options import add_shared, labels_of, make_parser, new_file
-from support.run import UserError, pick_device, rank_and_world, run, tell
+from support.run import UserError, pick_device, run, tell
 
 
 def kept_tokens(keep, p):
@@ -81,14 +79,6 @@ def new_positions(P, size, boxes=(), mask=None, outside=False):
     return new, pixels
 
 
-def paste(photo, images, pixels):
-    """images uint8 (N, H, W, 3) with the photograph's own pixels where pixels (H, W) is False, but
-    for a soft edge of 1/64 of the image there."""
-    edge = Image.fromarray(np.uint8(255 * pixels)).filter(ImageFilter.GaussianBlur(len(photo) / 64))
-    share = np.maximum(np.asarray(edge) / 255, pixels)[..., None]           # (H, W, 1)
-    return np.uint8(share * images + (1 - share) * photo + 0.5)             # (N, H, W, 3)
-
-
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -97,7 +87,6 @@ def main():
         help='y0,x0,y1,x1 in fractions, to be generated; may be given several times')
     add('--mask', type=Path, help='an image, white where the photograph is generated')
     add('--outside', action='store_true', help='generate everything else instead')
-    add('--paste', action='store_true', help="put the photograph's pixels back where it is kept")
     add('--out', type=new_file('.png'), default='edited.png', help='the sheet, a row per class')
     add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--precision',
                '--device')
@@ -125,11 +114,7 @@ def main():
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
     generate = partial(var.generate, vae, given=given, keep=masks, **options)
     frames = draw_all(vae, generate, labels, args.seed, args.precision or config['precision'])
-    if rank_and_world()[0] > 0:
-        return
     drawn = frames[:, -1]                                                   # (N, H, W, 3)
-    if args.paste:
-        drawn = paste(photo, drawn, pixels)
     kept = np.where(pixels[..., None], np.uint8(128), photo)                # (H, W, 3)
     rows = [np.stack([photo, kept, *row]) for row in np.split(drawn, len(drawn) // args.n)]
     save_image(args.out, make_grid(rows))

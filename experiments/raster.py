@@ -1,6 +1,6 @@
 """Raster-scan AR, the baseline of Table 1 and Table 3: next-token prediction, equation (1).
 
-    from raster import Raster           # used by ablation.py and bench.py; not a command
+    from raster import Raster           # used by reasons.py and bench.py; not a command
 
 A raster-scan transformer is a VAR whose "scales" are single tokens: its block-causal mask is then
 the causal mask, and its generation with cached keys and values takes one pass per token. Width,

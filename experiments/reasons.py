@@ -40,7 +40,7 @@ from support.data import read_data, read_tokens
 from support.grade import grade_transformer
 from support.images import make_grid, save_image, to_tensor, to_uint8
 from support.options import a_count, add_shared, at_least_1, make_config, make_parser
-from support.run import pick_device, run, tell
+from support.run import pick_device, run, seed_of, tell
 from tokenizer import choose_phi
 from var import VAR, Attention
 
@@ -166,6 +166,7 @@ ROWS = {
     'top-k: all codes': dict(sampling=dict(top_k=0)),
     **{f'guidance: 0 to {t}': dict(sampling=dict(cfg=t)) for t in (0, 2, 8)},
     **{f'guidance: constant {t}': dict(sampling=dict(cfg=Constant(t))) for t in (1, 2, 4, 8)},
+    'rejection: the best of 4': dict(rounds=4),
     'editing: the 1x1 kept': dict(edit=slice(0)),
     'editing: the 1x1 drawn': dict(edit=slice(1))}
 
@@ -196,13 +197,30 @@ def grade_scales(vae, x):
 
 
 @torch.no_grad()
+def best_of(vae, var, rounds, labels, seed, **options):
+    """Rejection sampling (Table 1, VAR-d30-re): K token maps (B, l) for labels (B,), of `rounds`
+    draws the one with the greatest log p(tokens | class) - log p(tokens | no class). The paper's
+    judge is a classifier of ImageNet. options: those of VAR.generate."""
+    draws, scores = [], []
+    for i in range(rounds):
+        maps = var.generate(vae, labels, seed=seed_of(seed, i), **options)
+        tokens, x = torch.cat(maps, dim=1), vae.var_input(maps)
+        told, untold = (-F.cross_entropy(var(y, x)[0].mT, tokens, reduction='none').sum(1)  # (B,)
+                        for y in (labels, torch.full_like(labels, var.num_classes)))
+        draws.append(maps)
+        scores.append(told - untold)
+    best = torch.stack(scores).argmax(0)                                    # (B,)
+    return [torch.stack(maps)[best, torch.arange(len(best))] for maps in zip(*draws)]
+
+
+@torch.no_grad()
 def edit(vae, var, photos, sampling, drawn):
     """Draws each class into n photos (C, n, 3, H, W) of the class before it, of which the outer
     tokens are kept, but those of the scales `drawn`: samples uint8 (C, n, H, H, 3). Also the share
     of the kept tokens of each scale that change if the removed part is grey before it is encoded.
     """
     P, samples, changed = vae.patch_nums[-1], [], []
-    keep = torch.ones(P, P, dtype=torch.bool)
+    keep = torch.ones(P, P, dtype=torch.bool, device=photos.device)
     keep[1:-1, 1:-1] = False
     masks = [kept_tokens(keep, p) for p in vae.patch_nums]                  # K of (l,)
     for label, x in enumerate(photos.roll(1, dims=0)):
@@ -220,7 +238,7 @@ def measure(data, judge, real, rows, out, **given):
     """Yields for each of the rows its name, figures, and samples uint8 (C, n, H, H, 3)."""
     C, n, (items, labels) = len(data.classes), 50, data.val
     photos = np.stack([np.stack(items)[labels == c][:n] for c in range(C)])  # (C, n, H, H, 3)
-    photos = to_tensor(photos.reshape(C * n, *photos.shape[2:]))            # (C n, 3, H, W)
+    photos = to_tensor(photos.reshape(C * n, *photos.shape[2:])).to(given['device'])
 
     def start(name, **options):
         torch.manual_seed(given['seed'])
@@ -251,14 +269,16 @@ def measure(data, judge, real, rows, out, **given):
 
     for name in rows:
         row = ROWS[name]
-        vae, var, figures = transformer(BASE if {*row} <= {'sampling', 'edit'} else name)
+        vae, var, figures = transformer(BASE if {*row} <= {'sampling', 'edit', 'rounds'} else name)
         sampling = {**make_config({}).sampling, **row.get('sampling', {})}
         if 'edit' in row:
             samples, changed = edit(vae, var, photos.unflatten(0, (C, n)), sampling, row['edit'])
             figures = {**figures, **changed}
         else:
-            began = time.monotonic()
-            samples = draw_classes(vae, var, n, torch.arange(C), sampling)
+            began, generate = time.monotonic(), partial(var.generate, vae, **sampling)
+            if 'rounds' in row:
+                generate = partial(best_of, vae, var, row['rounds'], **sampling)
+            samples = draw_classes(vae, generate, n, torch.arange(C))
             figures = {**figures, 'ms per sample': 1e3 * (time.monotonic() - began) / (C * n)}
         shares, distance = judge.grade(samples, real)
         yield name, {**figures, 'distance': distance, 'correct': shares.mean().item()}, samples
@@ -294,8 +314,9 @@ def main():
     args = parser.parse_args()
     given = dict(device=pick_device(args.device), steps=args.steps,
                  tokenizer_steps=args.tokenizer_steps)
-    data = read_data(make_config({}))
-    judge, real = train_judge(data, make_config(given), 400)
+    config = make_config(given)
+    data = read_data(config)
+    judge, real = train_judge(data, config, 400)
     train.GRADED = 300                          # validation images of an evaluation: 1000 are slow
     slugs = {name: re.sub(r'\W+', '-', name) for name in ROWS}
     for seed in args.seeds:

@@ -12,7 +12,6 @@ import os
 
 # Threads of GNU OpenMP wait for each other in a long loop: beside another busy process each small
 # operation then waits for the thread that lost its core. Without any loop (OMP_WAIT_POLICY=PASSIVE)
-# a process that is alone is slower, so that the loop is cut short. It is read when torch is loaded:
-# every command imports this package before torch.
+# a process that is alone is slower. A short one is set here, before torch is loaded, which reads it.
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '3000')

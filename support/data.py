@@ -4,11 +4,11 @@ scales."""
 import os
 import tarfile
 import zlib
+from collections import namedtuple
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -91,19 +91,18 @@ def list_images(folder):
 
 
 def list_folders(folder):
-    """The folders in a folder: sorted by name, or by number if all of them are numbers."""
-    found = sorted(path for path in folder.glob('[!.]*') if path.is_dir())
-    are_numbers = all(path.name.isdecimal() for path in found)
-    return sorted(found, key=lambda path: int(path.name)) if are_numbers else found
+    return [path for path in folder.glob('[!.]*') if path.is_dir()]
 
 
 def list_classes(folder):
-    """The groups of a folder: {class: paths} of its class folders; {'images': paths} where images
-    lie in it alone; {} for anything else."""
+    """The groups of a folder: {class: paths} of its class folders, sorted by name, or by number if
+    all are numbers; {'images': paths} where images lie in it alone; {} for anything else."""
     found = {path.name: list_images(path) for path in list_folders(folder)}
-    groups = {name: paths for name, paths in found.items() if paths and name != 'images'}
+    names = sorted(name for name, paths in found.items() if paths and name != 'images')
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
     images = list_images(folder)
-    return groups or ({'images': images} if images else {})
+    return {name: found[name] for name in names} or ({'images': images} if images else {})
 
 
 def hold_out(groups):
@@ -138,13 +137,9 @@ def read_folder(root):
     return *hold_out(train), 'held out'
 
 
-class Data(NamedTuple):
-    """What a run is trained on: items (N,) and labels int64 (N,) for training and for validation,
-    the names of the classes, and where the validation images come from."""
-    train: tuple
-    val: tuple
-    classes: list
-    source: str
+# What a run is trained on: items (N,) and labels int64 (N,) for training and for validation, the
+# names of the classes, and where the validation images come from.
+Data = namedtuple('Data', 'train val classes source')
 
 
 def read_data(config):
@@ -171,9 +166,8 @@ def read_data(config):
     if 0 in counts:
         raise UserError(f'--data {config.data}: at least two images of a class are needed')
     agree(counts, 'number of images in --data')
-    names = ', '.join(classes[:12]) + (', ...' if len(classes) > 12 else '')
-    tell('{} training and {} validation images ({}), {} classes: {}'.format(
-        *counts, source, len(classes), names))
+    tell(f'{counts[0]} training and {counts[1]} validation images ({source}), {len(classes)} '
+         f'classes: {", ".join(classes[:12])}')
     return Data(*pairs, classes, source)
 
 
