@@ -25,15 +25,6 @@ from support.run import (UserError, autocast, gather, pick_device, progress, ran
                          seed_of, tell, write_file)
 
 
-def load_for_sampling(device, path, tokenizer=None):
-    """load(), on a device. UserError before stage 2."""
-    vae, var, ckpt = load(path, tokenizer)
-    if var is None:
-        raise UserError(f'{path} has no trained transformer: finish the training by train.py '
-                        '--resume, or give --ckpt a transformer')
-    return vae.to(device), var.to(device), ckpt
-
-
 @torch.no_grad()
 def draw_all(vae, generate, labels, seed, precision_name=None, batch=None, scales=False):
     """Draws an image for each label (N,), in batches that the processes share: each has a seed of
@@ -101,7 +92,7 @@ def main():
     add('--out', type=new_file('.png'), default='samples.png', help='the sheet, a row per class')
     add('--scales', type=new_file('.png'), help='also a sheet of the images growing scale by scale')
     args = parser.parse_args()
-    vae, var, ckpt = load_for_sampling(pick_device(args.device), args.ckpt, args.tokenizer)
+    vae, var, ckpt = load(args.ckpt, args.tokenizer, pick_device(args.device))
     options = {**ckpt['config']['sampling'], **{
         name: value for name, value in vars(args).items()
         if name in ('cfg', 'top_k', 'top_p') and value is not None}}

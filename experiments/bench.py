@@ -43,10 +43,8 @@ GRIDS = {8: (1, 2, 3, 4, 6, 8),
 
 
 def seconds_of(work):
-    """The median time of work(): of as many calls as it takes to know it, for ten seconds at most.
-
-    One call before, which allocates memory and compiles, does not count. Timer waits for a GPU.
-    """
+    """The median time of work(): of as many calls as it takes to know it, for ten seconds at most,
+    after one that does not count: it allocates memory and compiles. Timer waits for a GPU."""
     work()
     timer = Timer('work()', globals={'work': work}, num_threads=torch.get_num_threads())
     return timer.adaptive_autorange().median
@@ -89,8 +87,8 @@ def training(vae, d, B, device, compiled):
 
 
 def sampler(vae, d, B, device):
-    """A function that draws the tokens of B guided images, as the release does: K maps (B, l). vae:
-    a VQVAE or a Raster, whose scales the transformer has."""
+    """A function that draws the tokens of B guided images, as the release does: K maps (B, l). vae
+    is a VQVAE or a Raster."""
     var = VAR(vae.patch_nums, d).to(device).eval()
     labels = torch.arange(B, device=device) % var.num_classes               # (B,)
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sample import draw_all, load_for_sampling
+from sample import draw_all
+from support.checkpoints import load
 from support.images import crop, fit, make_grid, open_image, save_image, to_tensor
 from support.options import add_shared, labels_of, make_parser, new_file
 from support.run import UserError, pick_device, run, tell
@@ -95,7 +96,7 @@ def main():
         if args.out.exists() and args.out.samefile(path):
             raise UserError(f'--out {args.out} would overwrite {path}: choose another')
     device = pick_device(args.device)
-    vae, var, ckpt = load_for_sampling(device, args.ckpt, args.tokenizer)
+    vae, var, ckpt = load(args.ckpt, args.tokenizer, device)
     config, size = ckpt['config'], vae.image_size
     labels = labels_of(args, ckpt, [var.num_classes])                       # (N,), "no class"
     options = dict(config['sampling'])

@@ -156,8 +156,8 @@ def main():
     add('--out', type=new_file('.npz'), default='reconstructions.npz', help='the images, rebuilt')
     args = parser.parse_args()
     device = pick_device(args.device)
-    vae, var, ckpt = load(args.ckpt, args.tokenizer)
-    vae, size = vae.to(device), vae.image_size
+    vae, var, ckpt = load(args.ckpt, args.tokenizer, device)
+    size, known = vae.image_size, ckpt['classes']
     config = Namespace(**{**ckpt['config'], 'size': size, 'device': device})
     config.precision = args.precision or config.precision
     if args.data:
@@ -166,21 +166,17 @@ def main():
         raise UserError(f'{args.ckpt} does not tell its data: add --data')
     data = read_data(config)
     items, labels = data.val
-    samples = None
-    if var is not None:
-        var, known = var.to(device), ckpt['classes']
-        if known == [str(i) for i in range(len(data.classes))]:
-            known = data.classes                # released files know their classes by number
-        index = {name: i for i, name in enumerate(known)}
-        unknown = [name for name in data.classes if name not in index]
-        if unknown:
-            raise UserError(f'the transformer does not know {len(unknown)} of the '
-                            f'{len(data.classes)} classes of the data: {", ".join(unknown[:12])}')
-        indices = torch.tensor([index[name] for name in data.classes])      # (C,)
-        # The Frechet distance needs two images.
-        if args.judge_steps and size in WIDTHS and len(items) > 1:
-            generate = partial(var.generate, vae, **config.sampling)
-            samples = draw_classes(vae, generate, args.samples, indices, config.precision)
+    if known == [str(i) for i in range(len(data.classes))]:
+        known = data.classes                    # released files know their classes by number
+    index = {name: i for i, name in enumerate(known)}
+    unknown = [name for name in data.classes if name not in index]
+    if unknown:
+        raise UserError(f'{args.ckpt} does not know the classes {", ".join(unknown[:12])}')
+    indices = torch.tensor([index[name] for name in data.classes])          # (C,)
+    samples = None                              # the Frechet distance needs two images
+    if args.judge_steps and size in WIDTHS and len(items) > 1:
+        generate = partial(var.generate, vae, **config.sampling)
+        samples = draw_classes(vae, generate, args.samples, indices, config.precision)
     if rank_and_world()[0] > 0:                 # all processes draw, and the first one grades
         return
 
@@ -190,9 +186,8 @@ def main():
         labels, of = labels[rows], f'{len(rows)} validation images ({data.source})'
         show(f'tokenizer, {of}:', figures, figures)
         write_file(args.out, lambda f: np.savez(f, arr_0=rebuilt, arr_1=labels))
-        if var is not None:
-            figures = grade_transformer(vae, var, tokens, indices[labels], device)
-            show(f'transformer, {of}:', figures, figures)
+        figures = grade_transformer(vae, var, tokens, indices[labels], device)
+        show(f'transformer, {of}:', figures, figures)
     if samples is not None:
         judge, real = train_judge(data, config, args.judge_steps)
         shares, distance = judge.grade(samples, real)

@@ -77,12 +77,6 @@ def loss_of_the_last_scale(vae):
     vae.forward = forward
 
 
-def restarts_from_all_tokens(vae):
-    """Quantizer.update takes them from each scale equally often; here from all L tokens alike."""
-    vae.quantize.sizes.fill_(sum(p * p for p in vae.patch_nums))
-    vae.quantize.starts.zero_()
-
-
 def nothing_before(vae):
     """VQVAE.var_input of a single scale, which is drawn from the class alone."""
     vae.var_input = lambda maps: vae.quantize.empty(len(maps[0])).flatten(2)[..., :0].mT
@@ -149,7 +143,8 @@ ROWS = {
     'quantizer loss: last scale alone': dict(vae=loss_of_the_last_scale),
     'codebook: random start': dict(vae=lambda vae: nn.init.normal_(vae.quantize.embedding.weight)),
     'codebook: no restarts': dict(vae=lambda vae: setattr(vae.quantize, 'dead_below', 0.)),
-    'codebook: restarts from all tokens alike': dict(vae=restarts_from_all_tokens),
+    'codebook: restarts from all tokens alike': dict(           # 85, and not from each scale alike
+        vae=lambda vae: (vae.quantize.sizes.fill_(85), vae.quantize.starts.zero_())),
     'scales: 4, 8': dict(sides=(4, 8)),
     'scales: 8, guidance constant 2': dict(sides=(8,), vae=nothing_before, sampling=dict(
         cfg=Constant(2))),
@@ -291,8 +286,8 @@ def write_table(path, found):
     lines = [f'| | {" | ".join(names)} | |', '|---' * (len(names) + 2) + '|']
     for row, seeds in found.items():
         x = {name: [figures[name] for figures in seeds] for name in seeds[0]}
-        spread = {name: stdev(values) if len(values) > 1 else 0 for name, values in x.items()}
-        cells = [f'{mean(x[name]):.4g} +- {spread[name]:.2g}' if name in x else ''
+        spread = stdev if len(seeds) > 1 else lambda values: 0
+        cells = [f'{mean(x[name]):.4g} +- {spread(x[name]):.2g}' if name in x else ''
                  for name in names]
         parts = []
         for kind in ('PSNR {}', 'codes {}', 'loss {}', 'changed {}', 'loss at {}/5'):
@@ -325,16 +320,14 @@ def main():
         for name, figures, samples in measure(data, judge, real, rows, args.out / f'seed {seed}',
                                               **given, seed=seed):
             folder = args.out / slugs[name]
-            folder.mkdir(parents=True, exist_ok=True)
-            strip = np.concatenate([*samples[:, 0]], axis=1)                # (H, C H, 3)
-            Image.fromarray(strip).save(folder / f'{seed}.png')
+            save_image(folder / f'{seed}.png', make_grid([samples[:, 0]]))
             (folder / f'{seed}.json').write_text(json.dumps(figures))
             tell(f'{name}, seed {seed}: {figures}')
     found = {name: [json.loads(path.read_text()) for path in (args.out / slug).glob('*.json')]
              for name, slug in slugs.items() if (args.out / slug / '0.png').exists()}
     write_table(args.out / 'reasons.md', found)
-    strips = [np.asarray(Image.open(args.out / slugs[name] / '0.png')) for name in found]
-    save_image(args.out / 'reasons.png', make_grid([strip[None] for strip in strips]))
+    strips = [[np.asarray(Image.open(args.out / slugs[name] / '0.png'))] for name in found]
+    save_image(args.out / 'reasons.png', make_grid(strips))
 
 
 if __name__ == '__main__':

@@ -8,8 +8,7 @@ it less an irreducible part of 4.5 to 5, so that exponents of the loss cannot be
 Transformers of several depths, equation (7), are trained on the tokens.npz beside --ckpt, with the
 same batches and steps, each in a folder of its own.
 Writes scaling-grid.png (Fig. 7), a row per depth, with the samples of four classes, each after
-growing shares of the training; and for three depths or more scaling.png (Figs. 5 and 6), and prints
-the power laws.
+growing shares of the training; for three depths or more also scaling.png, Figs. 5 and 6.
 
 Letters: d depth, N parameters, C training compute, L tokens of all scales, V codes, z code
 dimension, w width, H x W pixels.
@@ -33,7 +32,7 @@ from support.checkpoints import build, load
 from support.data import read_tokens
 from support.images import make_grid, save_image, to_uint8
 from support.options import add_shared, at_least_1, make_parser, nonnegative
-from support.run import UserError, pick_device, run, tell
+from support.run import pick_device, run, tell
 from train import train_stage
 
 FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
@@ -53,11 +52,8 @@ class ScalingStage(Stage):
 
 def size_and_compute(var, images):
     """N in millions, the parameters of the blocks: what equation (8) counts, and their few biases
-    and scales. C in PFLOP: six for each weight and token, and for each product of attention.
-
-    The weights of AdaLN are applied once per image, not once per token. Attention is counted as it
-    is computed, with the products that the mask removes.
-    """
+    and scales. C in PFLOP: six for each weight and token, for each weight of AdaLN and image, and
+    for each product of attention, also those that the mask removes."""
     L, w = len(var.mask), var.head.in_features
     N = sum(p.numel() for p in var.blocks.parameters())
     ada = sum(p.numel() for name, p in var.blocks.named_parameters() if 'ada_lin' in name)
@@ -126,8 +122,6 @@ def main():
     device = pick_device(args.device)
     vae, _, ckpt = load(args.ckpt)
     tokens = read_tokens(args.ckpt.parent)
-    if args.out.exists():
-        raise UserError(f'--out {args.out} is there: choose another, or move it away')
     trained, grid = {}, []
     for depth in args.depths:
         config = Namespace(**ckpt['config'])
@@ -135,7 +129,7 @@ def main():
                             lr=args.lr * math.sqrt(4 / depth), out=args.out / f'd{depth}')
         torch.manual_seed(0)
         _, var = build(config, ckpt['classes'])
-        config.out.mkdir(parents=True)
+        config.out.mkdir(parents=True)                          # an OSError if it is there
         stage = ScalingStage(config, vae, var, *tokens)
         train_stage(stage, dict(stage='transformer', step=0, optimizer=None))
         N, C = size_and_compute(var, args.steps * args.batch)

@@ -11,7 +11,7 @@ data         drawn shapes, CIFAR-10, folders of images; the tokens of a run
 import os
 
 # Threads of GNU OpenMP wait for each other in a long loop: beside another busy process each small
-# operation then waits for the thread that lost its core. Without any loop (OMP_WAIT_POLICY=PASSIVE)
-# a process that is alone is slower. A short one is set here, before torch is loaded, which reads it.
+# operation then waits for the thread that lost its core. Without a loop (OMP_WAIT_POLICY=PASSIVE) a
+# process that is alone is slower. So a short loop is set, before torch is loaded, which reads it.
 if 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '3000')

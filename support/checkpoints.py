@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from support.options import RECIPES
-from support.run import UserError, local_rank, reason, seed_of, wait_for_all
+from support.run import LOCAL_RANK, UserError, reason, seed_of, wait_for_all
 from tokenizer import VQVAE
 from var import VAR
 
@@ -24,7 +24,7 @@ def fetch(address, sha256, folder=Path('data')):
     """The path of a file in folder, downloaded first if it is not there. sha256 may be its first
     digits. UserError without a network, or if it is wrong: nothing is then left behind."""
     path = folder / address.split('/')[-1]
-    if not path.exists() and local_rank() == 0:                 # once per machine
+    if not path.exists() and LOCAL_RANK == 0:                 # once per machine
         folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(address, str(path), sha256, sys.stderr.isatty())
@@ -98,18 +98,17 @@ def load_weights(model, weights, path):
         raise UserError(f'{path}: not the weights of this model: {reason(e)}') from e
 
 
-def load(path, tokenizer=None, patch_nums=RECIPES['patch_nums'][-1]):
-    """Both models of read_checkpoint(path, tokenizer): (vae, var, ckpt), on the CPU, in evaluation
-    mode. var is None before stage 2: it would not fit a tokenizer that is still being trained.
-    patch_nums: the scales of a released tokenizer, which does not tell them."""
+def load(path, tokenizer=None, device='cpu'):
+    """Both models of read_checkpoint(path, tokenizer), in evaluation mode: (vae, var, ckpt).
+    UserError before stage 2: var would not fit a tokenizer that is still being trained."""
     ckpt = read_checkpoint(path, tokenizer)
-    ckpt['config'].setdefault('patch_nums', patch_nums)
+    if ckpt['stage'] == 'tokenizer':
+        raise UserError(f'{path} has no trained transformer: finish the training by train.py '
+                        '--resume, or give --ckpt a transformer')
     vae, var = build(Namespace(**ckpt['config']), ckpt['classes'])
     load_weights(vae, ckpt['vae'], tokenizer or path)
-    if ckpt['stage'] == 'tokenizer':
-        return vae.eval(), None, ckpt
     load_weights(var, ckpt['var'], path)
-    return vae.eval(), var.eval(), ckpt
+    return vae.eval().to(device), var.eval().to(device), ckpt
 
 
 def start_from(config, given, classes):
@@ -118,7 +117,7 @@ def start_from(config, given, classes):
     They have the weights of --init and, for a released transformer, of the tokenizer in the file
     --tokenizer; without --init new ones, or with the tokenizer of that file. With --tokenizer train
     stage 1 goes on with them. The sizes of the files become those of the config. UserError if
-    others are given, or another number of classes than the transformer has.
+    others are given, or if the transformer does not have as many classes.
     """
     torch.manual_seed(seed_of(config.seed))
     tokenizer = fetch(*OFFICIAL) if config.tokenizer == 'official' else config.tokenizer
@@ -126,16 +125,16 @@ def start_from(config, given, classes):
     if path == 'train':
         return build(config, classes)
     second = tokenizer if config.init and tokenizer not in ('train', config.init) else None
-    vae, var, ckpt = load(path, second, config.patch_nums)
-    keeps_var = config.init and var is not None
+    ckpt = read_checkpoint(path, second)
+    keeps_var = config.init and ckpt['stage'] == 'transformer'
     sizes = ('patch_nums', 'vocab_size', 'ch', 'network')
     for name in sizes + (('depth', 'shared_aln') if keeps_var else ()):
-        value = ckpt['config'][name]
+        value = ckpt['config'].get(name, getattr(config, name))
         if given.get(name, value) != value:
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
         setattr(config, name, value)
-    if not keeps_var:
-        return vae, build(config, classes)[1]
-    if var.num_classes != len(classes):
-        raise UserError(f'{path} has {var.num_classes} classes, and the data {len(classes)}')
+    vae, var = build(config, classes)
+    load_weights(vae, ckpt['vae'], second or path)
+    if keeps_var:
+        load_weights(var, ckpt['var'], path)
     return vae, var

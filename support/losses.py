@@ -1,9 +1,5 @@
-"""The learned losses of equation (5): L_P, and L_G with its discriminator.
-
-Departures from the paper: L_P is LPIPS without its learned weights, and the mean over five depths
-where LPIPS has the sum. L_G has a small patch discriminator in the manner of VQGAN's, not one like
-StyleGAN's, and VQGAN's weight lambda_G; the paper gives none.
-"""
+"""The learned losses of equation (5): L_P, and L_G with its discriminator. README.md lists where
+they differ from the paper."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,7 +12,8 @@ VGG = ('https://download.pytorch.org/models/vgg16-397923af.pth', '397923af')
 
 class PerceptualLoss(nn.Module):
     """L_P of (5): the distance of two images in the features of a VGG-16 that was trained on
-    ImageNet, at five depths. weights: those of the file VGG; UserError for others."""
+    ImageNet, the mean over five depths. LPIPS is the sum, and has learned weights as well.
+    weights: those of the file VGG; UserError for others."""
     WIDTHS = (64, 64, 'pool', 128, 128, 'pool', 256, 256, 256, 'pool', 512, 512, 512, 'pool',
               512, 512, 512, 'pool')
 

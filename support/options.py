@@ -30,7 +30,6 @@ a_count = number(int, 0)
 at_least_1 = number(int, 1)
 nonnegative = number(float, 0, 1e6)
 a_seed = number(int, 0, 2 ** 63 - 1)
-a_guidance = number(float, 0, 100)
 
 
 def sides(text):
@@ -61,7 +60,7 @@ SHARED = {
     '--data': dict(help='as for train.py [that of the training]'),
     '--cls': dict(nargs='+', action='extend', help='class names, indices, or all'),
     '--n': dict(type=at_least_1, default=8, help='images per class [8]'),
-    '--cfg': dict(type=a_guidance, help='guidance of the last scale [of the checkpoint]'),
+    '--cfg': dict(type=number(float, 0, 100), help='guidance of the last scale [of --ckpt]'),
     '--seed': dict(type=a_seed, default=0, help='the same images for the same seed and options'),
     '--npz': dict(type=new_file('.npz'), help='a shuffled file for evaluators of FID, not a sheet'),
     '--precision': dict(choices=PRECISIONS, help='[of the checkpoint]'),

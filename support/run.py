@@ -9,6 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+PRECISIONS = ('bfloat16', 'float16', 'float32')
+LOCAL_RANK = int(os.environ.get('LOCAL_RANK', 0))       # among the processes of this machine
+
 
 class UserError(Exception):
     """One line that says what is wrong and what to do. The commands print it and exit with 2."""
@@ -53,7 +56,7 @@ def pick_device(name=None):
     torchrun it joins the process group, and each process takes the GPU of its local rank."""
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        device = torch.device(f'cuda:{local_rank()}' if name == 'cuda' else name)
+        device = torch.device(f'cuda:{LOCAL_RANK}' if name == 'cuda' else name)
         torch.zeros(1, device=device)                           # only use shows whether it is there
         if device.type == 'cuda':
             torch.cuda.set_device(device)                       # for the collectives
@@ -66,9 +69,6 @@ def pick_device(name=None):
         where = ' (WORLD_SIZE is set: start by torchrun)' if 'WORLD_SIZE' in os.environ else ''
         raise UserError(f'--device {name}: {reason(e)}{where}') from e
     return device
-
-
-PRECISIONS = ('bfloat16', 'float16', 'float32')
 
 
 def choose_precision(device, name=None):
@@ -91,11 +91,6 @@ def autocast(device, name=None):
 def rank_and_world():
     """The rank of this process and the number of processes: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def local_rank():
-    """The rank of this process among those of its machine; 0 without torchrun."""
-    return int(os.environ.get('LOCAL_RANK', 0))
 
 
 def wait_for_all():
