@@ -7,15 +7,14 @@
     torchrun --nproc_per_node 8 -- train.py ...     # shares each batch among 8 processes
 
 Paper: equation (5) and Section 3.2 for stage 1; Fig. 4, Section 4 and equation (6) for stage 2.
-Where this differs from the paper and the released recipe is listed in README.md. The options and
-their defaults are in support/options.py.
+README.md lists where this differs from the paper and the released recipe.
 
-A run is a folder, --out: ckpt.pt, written every five minutes, which sample.py reads and --resume
-goes on from; tokens.npz, all that stage 2 reads; log.csv, all figures; reconstructions.png and
-samples.png. What is random in a step depends on (seed, stage, step, rank) alone. On a CPU, a run
-that was killed and resumed therefore ends with the same bits as one that was not. Several processes
-train as one does, but each draws its own dropout, each computes lambda_G from its own part of the
-batch, and dead codes restart as vectors of the first one's part.
+A run is a folder, --out: ckpt.pt, written at least every five minutes, which sample.py reads and
+--resume goes on from; tokens.npz, all that stage 2 reads; log.csv; two pictures. What is random in
+a step depends on (seed, stage, step, rank) alone, so that on a CPU a run that was killed and
+resumed ends with the same bits as one that was not. Several processes train as one does, but each
+draws its own dropout, each computes lambda_G from its own part of the batch, and dead codes restart
+as vectors of the first one's part.
 
 Reduced to the essentials, the loop of train_stage() is:
 
@@ -31,6 +30,7 @@ Letters: B images per step, N images of a set, L tokens of all scales, l of one,
 """
 import math
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import support                                  # before torch: see there
@@ -119,11 +119,8 @@ class TokenizerStage(nn.Module):
 
 
 class TransformerStage(nn.Module):
-    """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales, which is
-    -log p of equation (6) per token.
-
-    train and val: stored tokens uint16 (N, L) and labels int64 (N,).
-    """
+    """Stage 2 of Fig. 4: the transformer, by cross-entropy over the tokens of all scales, -log p of
+    equation (6) per token. train, val: stored tokens uint16 (N, L) and labels int64 (N,)."""
     name, number = 'transformer', 2
 
     def __init__(self, config, vae, var, train, val):
@@ -166,8 +163,7 @@ class TransformerStage(nn.Module):
 
 def learning_rate(step, steps):
     """As a share of the peak: it rises from 0.005 over the first 1/50 of the run, is 1 for 5 % of
-    the other steps, and then falls linearly to 0.01 at the last step. Source: the release,
-    which ends at 0.1 for d16 and d20."""
+    the other steps, and then falls linearly to 0.01 at the last step. Source: the release."""
     warm_up = steps / 50
     if step < warm_up:
         return 0.005 + 0.995 * step / warm_up
@@ -227,11 +223,8 @@ def evaluate(stage, step):
 
 
 def train_stage(stage, state):
-    """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step, show.
-
-    state: what ckpt.pt holds, kept up to date. UserError where the loss is no longer finite:
-    ckpt.pt is then the last good one.
-    """
+    """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step, show. state:
+    what ckpt.pt holds, kept up to date. UserError where the loss is no longer finite."""
     config, device, (rank, world) = stage.config, stage.config.device, rank_and_world()
     precision = choose_precision(device, config.precision)
     stage.to(device).train()
@@ -333,7 +326,9 @@ def begin(given, path):
     if rank_and_world()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.open('xb').close()             # of two runs that begin at once, one is refused
+            # Of two runs that begin at once, one is refused. An empty file is of a run that was
+            # killed right here.
+            path.open('ab' if given.get('resume') else 'xb').close()
         except FileExistsError as e:
             raise UserError(f'{path} is there: --resume goes on with that run; or choose another '
                             '--out, or move it away') from e
@@ -366,8 +361,9 @@ def train_tokenizer(config, data, vae, state):
     sets = {'val': ([items[row] for row in graded], labels[graded]), 'train': data.train}
     if config.tokenizer == 'train':
         gigabytes = 4.5e-9 * len(data.train[0]) * side ** 2     # photographs of 3:2
-        tell(f'the images are read once, into about {gigabytes:.2g} GB of memory')
+        tell(f'each process reads all images, into about {gigabytes:.2g} GB of memory')
         sets = {name: read_all(*pair, side) for name, pair in sets.items()}
+        agree([len(images) for images, _ in sets.values()], 'number of readable images')
         train_stage(TokenizerStage(config, vae, sets['train'][0], sets['val'][0]), state)
     vae.to(config.device).eval()
     arrays = {}
@@ -387,22 +383,22 @@ def main():
     given = parse(__doc__)
     given['device'] = pick_device(given.get('device'))          # joins the other processes as well
     path = given.get('out', Path()) / 'ckpt.pt'
-    goes_on = given.get('resume', False) and path.exists()
+    goes_on = given.get('resume', False) and path.exists() and path.stat().st_size > 0
     agree(goes_on, 'ckpt.pt')
     if given.get('resume') and not goes_on:
-        tell(f'{path} is not there: a new run begins')
+        tell(f'{path} is not there, or empty: a new run begins')
     config, data, vae, var, state = go_on(given, path) if goes_on else begin(given, path)
     if state['stage'] == 'tokenizer':
         train_tokenizer(config, data, vae, state)
-        state.pop('adversarial', None)
-        state.update(stage='transformer', step=0, optimizer=None)
+        state.update(stage='transformer', step=0, optimizer=None, adversarial=None)
         write_state(state, config)
     wait_for_all()                              # for tokens.npz
     train, val = read_tokens(config.out)
     agree(len(train[0]), 'number of images in tokens.npz')
     compiles = config.compile
     if compiles is None:                        # it takes a minute
-        compiles = config.device.type == 'cuda' and config.steps >= 1000
+        compiles = (config.device.type == 'cuda' and config.steps >= 1000
+                    and find_spec('triton') is not None)
     if compiles:
         torch._dynamo.config.suppress_errors = True     # without a C compiler, run as they are
         for block in var.blocks:

@@ -5,10 +5,10 @@
 
 Paper: Table 1 (time of sampling), and the appendix on time complexity: attention of n^2 tokens has
 O(n^4) pairs, as the last scale of VAR has once. Raster-scan AR without cached keys and values has
-n^2 such passes, O(n^6). Training (a forward and a backward pass on given
-tokens, without the optimizer) and sampling (guided, which doubles the batch) have the official
-sizes at 256 px. Weights are random, because speed does not depend on them. All times are medians.
-The peak matmul throughput is measured first and last: a shared machine changes its speed.
+n^2 such passes, O(n^6). Training (a forward and a backward pass on given tokens, without the
+optimizer) and sampling (guided, which doubles the batch) have the official sizes at 256 px. Weights
+are random, because speed does not depend on them. All times are medians. The peak matmul throughput
+is measured first and last: a shared machine changes its speed.
 Writes bench.png, the comparison with raster-scan AR, at depth 6.
 
 Letters: B images per batch, n side of the last token map, d depth, z code dimension, l tokens of

@@ -34,7 +34,7 @@ from support.checkpoints import load
 from support.data import read_data, spread
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import crop, read_all, read_images, to_tensor
-from support.options import a_count, add_shared, make_parser, new_file, number
+from support.options import a_count, add_shared, at_least_1, make_parser, new_file, number
 from support.run import (UserError, autocast, pick_device, rank_and_world, run, show, tell,
                          write_file)
 
@@ -150,6 +150,8 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add_shared(parser, '--ckpt', '--tokenizer', '--data', '--precision', '--device')
+    add('--n', type=at_least_1, default=sys.maxsize,
+        help='validation images for tokenizer and transformer, evenly spread [all]')
     add('--samples', type=number(int, 2), default=50, help='samples per class [50]')
     add('--judge-steps', type=a_count, default=400,
         help='of the classifier; 0: samples are not graded [400]')
@@ -180,7 +182,7 @@ def main():
     if rank_and_world()[0] > 0:                 # all processes draw, and the first one grades
         return
 
-    chunks = read_images(items, range(len(items)), round(config.zoom * size))
+    chunks = read_images(items, spread(len(items), args.n), round(config.zoom * size))
     with autocast(device, config.precision):
         figures, rebuilt, tokens, rows = grade_tokenizer(vae, chunks, device)
         labels, of = labels[rows], f'{len(rows)} validation images ({data.source})'

@@ -40,7 +40,7 @@ from support.data import read_data, read_tokens
 from support.grade import grade_transformer
 from support.images import make_grid, save_image, to_tensor, to_uint8
 from support.options import a_count, add_shared, at_least_1, make_config, make_parser
-from support.run import pick_device, run, seed_of, tell
+from support.run import autocast, pick_device, run, seed_of, tell, write_file
 from tokenizer import choose_phi
 from var import VAR, Attention
 
@@ -57,7 +57,8 @@ def residual_without_phi(vae):
         for k in range(len(q.patch_nums)):
             vectors = q.shrink((f - subtracted).detach(), k)                # (B, l, z)
             r_k = q.nearest(vectors)                                        # (B, l)
-            subtracted = subtracted + q.enlarge(q.embedding(r_k), k)
+            with torch.autocast(f.device.type, enabled=False):
+                subtracted = subtracted + q.enlarge(q.embedding(r_k), k)    # (B, z, P, P)
             f_hat = q.add_scale(f_hat, k, r_k)
             yield r_k, vectors, f_hat
 
@@ -75,6 +76,10 @@ def loss_of_the_last_scale(vae):
         return vae.to_image(f + (f_hat - f).detach()), loss
 
     vae.forward = forward
+
+
+def random_codes(vae):
+    nn.init.normal_(vae.quantize.embedding.weight)
 
 
 def nothing_before(vae):
@@ -129,7 +134,7 @@ def plain_attention(var):
 
 class Constant(float):
     """A guidance that is the same at all scales: VAR.generate computes cfg * k / (K - 1)."""
-    __mul__ = __truediv__ = lambda self, other: self
+    __mul__, __truediv__ = (lambda self, k: self), (lambda self, n: float(self))
 
 
 BASE = 'as it is'
@@ -141,7 +146,9 @@ ROWS = {
     'phi: two': dict(vae=lambda vae: setattr(vae.quantize, 'phi_index', choose_phi(4, 2))),
     'residual: without phi': dict(vae=residual_without_phi),
     'quantizer loss: last scale alone': dict(vae=loss_of_the_last_scale),
-    'codebook: random start': dict(vae=lambda vae: nn.init.normal_(vae.quantize.embedding.weight)),
+    'codebook: random start': dict(vae=random_codes),
+    'codebook: random start, no restarts': dict(
+        vae=lambda vae: (random_codes(vae), setattr(vae.quantize, 'dead_below', 0.))),
     'codebook: no restarts': dict(vae=lambda vae: setattr(vae.quantize, 'dead_below', 0.)),
     'codebook: restarts from all tokens alike': dict(           # 85, and not from each scale alike
         vae=lambda vae: (vae.quantize.sizes.fill_(85), vae.quantize.starts.zero_())),
@@ -149,7 +156,8 @@ ROWS = {
     'scales: 8, guidance constant 2': dict(sides=(8,), vae=nothing_before, sampling=dict(
         cfg=Constant(2))),
     'scales: 1, 8': dict(sides=(1, 8)),
-    'raster-scan AR': dict(tokenizer='scales: 8, guidance constant 2', see=Raster),
+    'raster-scan AR, guidance constant 2': dict(tokenizer='scales: 8, guidance constant 2',
+                                                see=Raster, sampling=dict(cfg=Constant(2))),
     'input: enlarged codes of r_{k-1}': dict(see=last_codes),
     'inside a scale: tokens do not see each other': dict(var=blind_within_a_scale),
     'gates: start open': dict(var=open_gates),
@@ -221,12 +229,12 @@ def edit(vae, var, photos, sampling, drawn):
     for label, x in enumerate(photos.roll(1, dims=0)):
         maps, grey, edge = vae.encode(x), x.clone(), x.shape[2] // P
         grey[:, :, edge:-edge, edge:-edge] = 0.
-        changed.append([(a != b)[:, mask].float().mean().item()
-                        for a, b, mask in zip(maps, vae.encode(grey), masks)])
+        changed.append({f'changed {k}': (a != b)[:, mask].float().mean().item() for k, (a, b, mask)
+                        in enumerate(zip(maps, vae.encode(grey), masks)) if mask.any()})
         keeps = [torch.zeros_like(mask) for mask in masks[drawn]] + masks[drawn.stop:]
         maps = var.generate(vae, [label] * len(x), seed=label, given=maps, keep=keeps, **sampling)
         samples.append(to_uint8(vae.decode(maps)))
-    return np.stack(samples), {f'changed {k}': mean(x) for k, x in enumerate(zip(*changed))}
+    return np.stack(samples), {k: mean(x[k] for x in changed) for k in changed[0]}
 
 
 def measure(data, judge, real, rows, out, **given):
@@ -267,7 +275,9 @@ def measure(data, judge, real, rows, out, **given):
         vae, var, figures = transformer(BASE if {*row} <= {'sampling', 'edit', 'rounds'} else name)
         sampling = {**make_config({}).sampling, **row.get('sampling', {})}
         if 'edit' in row:
-            samples, changed = edit(vae, var, photos.unflatten(0, (C, n)), sampling, row['edit'])
+            with autocast(photos.device):
+                samples, changed = edit(vae, var, photos.unflatten(0, (C, n)), sampling,
+                                        row['edit'])
             figures = {**figures, **changed}
         else:
             began, generate = time.monotonic(), partial(var.generate, vae, **sampling)
@@ -291,8 +301,11 @@ def write_table(path, found):
                  for name in names]
         parts = []
         for kind in ('PSNR {}', 'codes {}', 'loss {}', 'changed {}', 'loss at {}/5'):
-            values = [x[name] for name in map(kind.format, range(6)) if name in x]
-            parts.append(f'{kind[:-3]} ' + ' '.join(f'{mean(value):.3g}' for value in values))
+            values = [x[kind.format(k)] for k in range(6) if kind.format(k) in x]
+            if kind.format(9) in x:             # raster-scan AR: tokens, not scales
+                continue
+            if values:
+                parts.append(kind.split(' {')[0] + ''.join(f' {mean(x):.3g}' for x in values))
         lines.append(f'| {row} | {" | ".join(cells)} | {"; ".join(parts)} |')
     path.write_text('\n'.join(lines) + '\n')
 
@@ -321,12 +334,13 @@ def main():
                                               **given, seed=seed):
             folder = args.out / slugs[name]
             save_image(folder / f'{seed}.png', make_grid([samples[:, 0]]))
-            (folder / f'{seed}.json').write_text(json.dumps(figures))
+            text = json.dumps(figures).encode()
+            write_file(folder / f'{seed}.json', lambda f: f.write(text))
             tell(f'{name}, seed {seed}: {figures}')
-    found = {name: [json.loads(path.read_text()) for path in (args.out / slug).glob('*.json')]
-             for name, slug in slugs.items() if (args.out / slug / '0.png').exists()}
+    paths = {name: sorted((args.out / slug).glob('*.json')) for name, slug in slugs.items()}
+    found = {name: [json.loads(path.read_text()) for path in x] for name, x in paths.items() if x}
     write_table(args.out / 'reasons.md', found)
-    strips = [[np.asarray(Image.open(args.out / slugs[name] / '0.png'))] for name in found]
+    strips = [[np.asarray(Image.open(paths[name][0].with_suffix('.png')))] for name in found]
     save_image(args.out / 'reasons.png', make_grid(strips))
 
 

@@ -122,6 +122,7 @@ def main():
     device = pick_device(args.device)
     vae, _, ckpt = load(args.ckpt)
     tokens = read_tokens(args.ckpt.parent)
+    args.out.mkdir(parents=True)                                # an OSError if it is there
     trained, grid = {}, []
     for depth in args.depths:
         config = Namespace(**ckpt['config'])
@@ -129,7 +130,7 @@ def main():
                             lr=args.lr * math.sqrt(4 / depth), out=args.out / f'd{depth}')
         torch.manual_seed(0)
         _, var = build(config, ckpt['classes'])
-        config.out.mkdir(parents=True)                          # an OSError if it is there
+        config.out.mkdir()
         stage = ScalingStage(config, vae, var, *tokens)
         train_stage(stage, dict(stage='transformer', step=0, optimizer=None))
         N, C = size_and_compute(var, args.steps * args.batch)

@@ -24,7 +24,7 @@ def fetch(address, sha256, folder=Path('data')):
     """The path of a file in folder, downloaded first if it is not there. sha256 may be its first
     digits. UserError without a network, or if it is wrong: nothing is then left behind."""
     path = folder / address.split('/')[-1]
-    if not path.exists() and LOCAL_RANK == 0:                 # once per machine
+    if not path.exists() and LOCAL_RANK == 0:                   # once per machine
         folder.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(address, str(path), sha256, sys.stderr.isatty())

@@ -160,7 +160,7 @@ def read_data(config):
     pairs = []
     for groups in sets:
         parts = [groups.get(name, [])[:config.limit or None] for name in classes]
-        labels = np.repeat(np.arange(len(classes)), [*map(len, parts)])
+        labels = np.repeat(np.arange(len(classes), dtype=np.int64), [*map(len, parts)])
         pairs.append(([item for part in parts for item in part], labels))
     counts = [len(items) for items, _ in pairs]
     if 0 in counts:

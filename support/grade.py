@@ -1,8 +1,6 @@
 """How good the models are: PSNR and codebook usage of a tokenizer; loss and token error of a
-transformer (Section 5.2).
-
-Letters: B images per batch, n in all, H x W pixels, V codes, K scales, l tokens of one, L of all.
-"""
+transformer (Section 5.2). Letters: B images per batch, n in all, H x W pixels, V codes, K scales, l
+tokens of one, L of all."""
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -27,6 +27,8 @@ def run(main):
     """Runs a command. A UserError, an OSError or the end of memory ends in one line and status 2,
     Ctrl-C in one line and 130. Any other exception is a fault of the program, and keeps its
     traceback."""
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')       # names that a terminal cannot show
     status = 2
     try:
         main()
@@ -39,7 +41,7 @@ def run(main):
         print(f'error: {e}', file=sys.stderr)
     except (RuntimeError, MemoryError) as e:
         # Of CUDA and its libraries, of torch on a CPU, and of numpy.
-        if not re.search('out of memory|alloc|MemoryError', f'{type(e).__name__} {e}', re.I):
+        if not re.search('out of memory|alloc_failed|allocate|MemoryError', repr(e), re.I):
             raise
         print('error: out of memory: try a smaller --tokenizer-batch in stage 1, --micro-batch in '
               'stage 2, or --batch in sample.py', file=sys.stderr)
@@ -66,8 +68,7 @@ def pick_device(name=None):
             dist.init_process_group('nccl' if is_cuda else 'gloo', timeout=timedelta(hours=2),
                                     device_id=device if is_cuda else None)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
-        where = ' (WORLD_SIZE is set: start by torchrun)' if 'WORLD_SIZE' in os.environ else ''
-        raise UserError(f'--device {name}: {reason(e)}{where}') from e
+        raise UserError(f'--device {name}: {reason(e)}') from e
     return device
 
 

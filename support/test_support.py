@@ -291,10 +291,9 @@ def test_how_a_run_begins(trained, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:                        # another run begins meanwhile
         patch.setattr(train, 'start_from', lambda *args: path.touch() or start_from(*args))
         assert 'ckpt.pt is there: --resume' in go(tmp_path, train, *words, status=2)
-        patch.setattr(train, 'start_from', start_from)
+        patch.setattr(train, 'start_from', start_from)          # and was killed at once
         patch.setattr(train, 'train_stage', Mock(side_effect=KeyboardInterrupt))
-        path.unlink()
-        go(tmp_path, train, *words, status=130)
+        go(tmp_path, train, *words, '--resume', status=130)
     whole = path.read_bytes()
     assert 'ckpt.pt is there: --resume' in go(tmp_path, train, *words, status=2)
     assert 'ckpt.pt has no trained transformer' in go(tmp_path, sample, status=2)
@@ -456,6 +455,7 @@ def test_what_is_changed_alone_is_changed_in_training_and_in_generation(row):
     maps = var.generate(seen, labels, cfg=0, top_k=1)
     logits, _ = var(labels, seen.var_input(maps))
     assert torch.equal(logits.argmax(-1), torch.cat(maps, dim=1))
+    assert reasons.Constant(2) * 0 / 3 * 5. == 10               # as VAR.generate uses its cfg
 
 
 def test_evaluate(trained, tmp_path):
@@ -531,9 +531,9 @@ def test_bad_input_gets_one_line_and_status_2(trained, released, monkeypatch, tm
         (edit, [*change, '--box', '0,0,2,.5'], 'fractions'),
         (edit, [*change, '--mask', 'mask of 1.png'], 'nothing in it is white'),
         (evaluate, ['--ckpt', 'var.pth', '--tokenizer', 'vae.pth'], 'add --data'),
-        (train, new, 'WORLD_SIZE is set: start by torchrun')]
+        (train, new, 'environment variable RANK expected')]
     for module, words, why in cases:
-        monkeypatch.setenv('WORLD_SIZE', '2' if 'WORLD' in why else '1')
+        monkeypatch.setenv('WORLD_SIZE', '2' if 'RANK' in why else '1')
         error = go(tmp_path, module, *words, status=2)
         assert 'error: ' in error and why in error, (words, error)
     assert not (tmp_path / 'touched').exists() and (trained / 'ckpt.pt').read_bytes() == whole
