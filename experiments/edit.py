@@ -1,8 +1,8 @@
 """Zero-shot editing (Section 6, Fig. 8): in-painting, out-painting, class-conditional editing.
 
     python experiments/edit.py photo.jpg --mask mask.png                    # in-painting
-    python experiments/edit.py photo.jpg --box .25,.25,.75,.75 --cls 3      # as class 3
-    python experiments/edit.py photo.jpg --box 0,0,1,.5 --outside           # out-painting
+    python experiments/edit.py photo.jpg --box .25 .25 .75 .75 --cls 3      # as class 3
+    python experiments/edit.py photo.jpg --box 0 0 1 .5 --outside           # out-painting
 
 The white part of the mask, or the inside of the boxes, is generated; the rest is kept. A mask is
 stretched over the whole photograph; where it is transparent, it marks nothing. Then both are
@@ -13,7 +13,6 @@ are those of the whole photograph, so that the kept part shows the tokenizer's o
 
 Letters: N images in all, H x W pixels, P side of the last token map, K scales, l tokens of one.
 """
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from sample import draw_all
 from support.checkpoints import load
 from support.images import crop, fit, make_grid, open_image, save_image, to_tensor
-from support.options import add_shared, labels_of, make_parser, new_file
+from support.options import add_shared, labels_of, make_parser, new_file, number
 from support.run import UserError, pick_device, run, tell
 
 
@@ -42,18 +41,6 @@ def kept_tokens(keep, p):
         return torch.ones(1, dtype=torch.bool, device=keep.device)
     small = F.interpolate(keep[None, None].float(), size=(p, p), mode='bilinear')
     return small.flatten() > 0.5
-
-
-def parse_box(text):
-    """'y0,x0,y1,x1', fractions of the square -> four floats. ArgumentTypeError if it is no box."""
-    try:
-        y0, x0, y1, x1 = (float(part) for part in text.split(','))
-        if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'{text}: expected are y0,x0,y1,x1, fractions with '
-                                         'y0 < y1 and x0 < x1') from None
-    return y0, x0, y1, x1
 
 
 def new_positions(P, size, boxes=(), mask=None, outside=False):
@@ -84,8 +71,8 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add('photo', type=Path, help='the photograph')
-    add('--box', type=parse_box, action='append', default=[],
-        help='y0,x0,y1,x1 in fractions, to be generated; may be given several times')
+    add('--box', type=number(float, 0, 1), nargs=4, action='append', default=[],
+        metavar=('Y0', 'X0', 'Y1', 'X1'), help='to be generated; may be given several times')
     add('--mask', type=Path, help='an image, white where the photograph is generated')
     add('--outside', action='store_true', help='generate everything else instead')
     add('--out', type=new_file('.png'), default='edited.png', help='the sheet, a row per class')

@@ -414,7 +414,7 @@ def test_edit(trained, tmp_path):
                         keep=[edit.kept_tokens(keep, p) for p in (1, 2, 4, 8)], seed=seed_of(0, 0))
     assert np.array_equal(np.stack(drawn), to_uint8(vae.decode(maps)))
     assert (maps[-1] == given[-1])[:, keep.flatten()].all() and (maps[0] == given[0]).all()
-    boxes = [edit.parse_box('0,0,.25,.25'), edit.parse_box('.5,.5,1,1')]
+    boxes = [(0, 0, .25, .25), (.5, .5, 1, 1)]
     new, pixels = edit.new_positions(8, 32, boxes)
     assert new.sum() == 4 + 16 and new[:2, :2].all() and new[4:, 4:].all() and pixels.sum() == 320
     assert np.array_equal(edit.new_positions(8, 32, boxes, outside=True)[0], ~new)
@@ -525,10 +525,10 @@ def test_bad_input_gets_one_line_and_status_2(trained, released, monkeypatch, tm
         (sample, ['--ckpt', 'none.pt', '--out', blocked / 'a.png'], 'log.csv/x'),
         (sample, ['--ckpt', 'none.pt', '--npz', blocked / 'a.npz'], 'log.csv/x'),
         (sample, ['--ckpt', 'none.pt', '--scales', blocked / 'a.png'], 'log.csv/x'),
-        (edit, ['nothing.jpg', *ckpt, '--box', '0,0,1,.5'], 'nothing.jpg'),
-        (edit, [*change, '--box', '0,0,1,.5', '--out', './photo.png'], 'overwrite photo.png'),
-        (edit, [*change, '--box', '0,0,1,1'], 'to generate'),
-        (edit, [*change, '--box', '0,0,2,.5'], 'fractions'),
+        (edit, ['nothing.jpg', *ckpt, '--box', 0, 0, 1, .5], 'nothing.jpg'),
+        (edit, [*change, '--box', 0, 0, 1, .5, '--out', './photo.png'], 'overwrite photo.png'),
+        (edit, [*change, '--box', 0, 0, 1, 1], 'to generate'),
+        (edit, [*change, '--box', 0, 0, 2, .5], 'out of range: from 0 to 1'),
         (edit, [*change, '--mask', 'mask of 1.png'], 'nothing in it is white'),
         (evaluate, ['--ckpt', 'var.pth', '--tokenizer', 'vae.pth'], 'add --data'),
         (train, new, 'environment variable RANK expected')]
