@@ -9,7 +9,7 @@ has a transformer of its own: token losses of two tokenizers cannot be compared,
 Frechet distance of samples and the share that is classified correctly come from the classifier of
 evaluate.py.
 Writes into --out a folder for each row (what is in it is not measured again), the table, reasons.md
-(means over the seeds +- their standard deviation), and a row of samples for each row, reasons.png.
+(differences from the first row, over the seeds), and a row of samples for each row, reasons.png.
 
 Letters as in tokenizer.py; C classes, n samples of each.
 """
@@ -290,21 +290,22 @@ def measure(data, judge, real, rows, out, **given):
 
 
 def write_table(path, found):
-    """found: {row: the figures of each seed}. A cell is their mean +- their standard deviation; the
-    last column has means by scale, and of the loss after each fifth of the training."""
+    """found: {row: {seed: figures}}. Figures of the first row, and the others' differences from
+    them with the same seed: means +- standard deviations. The last column has means by scale, and
+    of the loss after each fifth of the training."""
     names = ['PSNR', 'loss', 'distance', 'correct', 'ms per sample']
     lines = [f'| | {" | ".join(names)} | |', '|---' * (len(names) + 2) + '|']
     for row, seeds in found.items():
-        x = {name: [figures[name] for figures in seeds] for name in seeds[0]}
-        spread = stdev if len(seeds) > 1 else lambda values: 0
-        cells = [f'{mean(x[name]):.4g} +- {spread(x[name]):.2g}' if name in x else ''
-                 for name in names]
-        parts = []
+        cells, parts = [], []
+        for name in names:
+            x = [figures[name] - (row != BASE and found[BASE][seed][name])
+                 for seed, figures in seeds.items() if name in figures]
+            spread = f' +- {stdev(x):.2g}' if len(x) > 1 else ''
+            cells.append(f'{mean(x):{"" if row == BASE else "+"}.3g}{spread}' if x else '')
         for kind in ('PSNR {}', 'codes {}', 'loss {}', 'changed {}', 'loss at {}/5'):
-            values = [x[kind.format(k)] for k in range(6) if kind.format(k) in x]
-            if kind.format(9) in x:             # raster-scan AR: tokens, not scales
-                continue
-            if values:
+            values = [[figures[name] for figures in seeds.values()] for name in map(
+                kind.format, range(6)) if all(name in figures for figures in seeds.values())]
+            if values and 'raster' not in row:  # whose scales are single tokens
                 parts.append(kind.split(' {')[0] + ''.join(f' {mean(x):.3g}' for x in values))
         lines.append(f'| {row} | {" | ".join(cells)} | {"; ".join(parts)} |')
     path.write_text('\n'.join(lines) + '\n')
@@ -328,7 +329,7 @@ def main():
     train.GRADED = 300                          # validation images of an evaluation: 1000 are slow
     slugs = {name: re.sub(r'\W+', '-', name) for name in ROWS}
     for seed in args.seeds:
-        rows = [name for name, slug in slugs.items() if name.startswith(tuple(args.rows))
+        rows = [name for name, slug in slugs.items() if name.startswith((BASE, *args.rows))
                 and not (args.out / slug / f'{seed}.json').exists()]
         for name, figures, samples in measure(data, judge, real, rows, args.out / f'seed {seed}',
                                               **given, seed=seed):
@@ -338,9 +339,10 @@ def main():
             write_file(folder / f'{seed}.json', lambda f: f.write(text))
             tell(f'{name}, seed {seed}: {figures}')
     paths = {name: sorted((args.out / slug).glob('*.json')) for name, slug in slugs.items()}
-    found = {name: [json.loads(path.read_text()) for path in x] for name, x in paths.items() if x}
-    write_table(args.out / 'reasons.md', found)
-    strips = [[np.asarray(Image.open(paths[name][0].with_suffix('.png')))] for name in found]
+    paths = {name: x for name, x in paths.items() if x}
+    write_table(args.out / 'reasons.md', {name: {path.stem: json.loads(path.read_text())
+                                                 for path in x} for name, x in paths.items()})
+    strips = [[np.asarray(Image.open(x[0].with_suffix('.png')))] for x in paths.values()]
     save_image(args.out / 'reasons.png', make_grid(strips))
 
 
