@@ -11,15 +11,16 @@ README.md lists where this differs from the paper and the released recipe.
 
 A run is a folder, --out: ckpt.pt, written at least every five minutes, which sample.py reads and
 --resume goes on from; tokens.npz, all that stage 2 reads; log.csv; two pictures. What is random in
-a step depends on (seed, stage, step, rank) alone, so that on a CPU a run that was killed and
-resumed ends with the same bits as one that was not. Several processes train as one does, but each
-draws its own dropout, each computes lambda_G from its own part of the batch, and dead codes restart
-as vectors of the first one's part.
+a step depends on (seed, stage, step, rank) and --micro-batch alone, so that on a CPU a run that was
+killed and resumed ends with the same bits as one that was not. Several processes train as one does,
+but each draws its own dropout, each computes lambda_G from its own part of the batch, and dead
+codes restart as vectors of the first one's part.
 
 Reduced to the essentials, the loop of train_stage() is:
 
     for step, batch in enumerate(stage.batches(0)):
-        optimizer.param_groups[0]['lr'] = stage.lr * learning_rate(step, stage.steps)
+        for group in optimizer.param_groups:
+            group['lr'] = stage.lr * learning_rate(step, stage.steps)
         loss, _ = stage(step, *batch)           # forward: (5), or the cross-entropy of (6)
         loss.backward()
         clip_grad_norm_(stage.parameters(), 2.0)
@@ -259,7 +260,7 @@ def train_stage(stage, state):
     start, began = state['step'], time.monotonic()
     saved_at, batches = began, stage.batches(start)
     for step in range(start, stage.steps):
-        # Evaluate and save. One process does, and the others wait for its next step.
+        # Evaluate and save. The first process does, and the others wait for its next step.
         fifth = step % max(1, stage.steps // 5) == 0
         if rank == 0 and step > start and (fifth or time.monotonic() > saved_at + SAVE_EVERY):
             check()

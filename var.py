@@ -25,7 +25,7 @@ four then goes through the decoder.
 
 Paper (arXiv 2404.02905): Section 3.2, equation (6), Fig. 4; Section 4, equations (7) and (8);
 Section 6 for editing. Where paper and release differ, this file follows the release; README.md
-lists where.
+lists where. Figures of drawn shapes are those of experiments/reasons.py, of a short training.
 
 Letters: B batch, K scales, p side of the token map of one scale, P that of the last one, l = p * p
 tokens of one scale (in training a block gets those of all scales at once), L tokens of all, m of
@@ -56,8 +56,9 @@ def block_causal_mask(patch_nums):
     """The attention mask of Fig. 4, (L, L): 0 where token i may see token j, else -inf.
 
     A token sees all of its own scale and of the scales before it. Its own scale gives no answer
-    away, because the inputs there are made of the scales before. For scales of 1x1 and 2x2, which
-    have 1 + 4 tokens, the mask is (x for -inf):
+    away, because the inputs there are made of the scales before. (To hide the other tokens of its
+    own scale made no difference on drawn shapes.) For scales of 1x1 and 2x2, which have 1 + 4
+    tokens, the mask is (x for -inf):
         0 x x x x       the token of the first scale sees itself
         0 0 0 0 0       each of the four tokens of the second scale sees the first scale
         0 0 0 0 0       and all of its own
@@ -135,7 +136,8 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Attention and FFN. The class scales and shifts the input of each, and gates its output: AdaLN
-    (Section 4). Otherwise close to GPT-2, without rotary embedding, SwiGLU or RMSNorm."""
+    (Section 4). With a plain LayerNorm the loss on drawn shapes is 1.1 nats per token higher.
+    Otherwise close to GPT-2, without rotary embedding, SwiGLU or RMSNorm."""
 
     def __init__(self, w, heads, drop_rate, shared_aln):
         super().__init__()
@@ -208,7 +210,8 @@ class VAR(nn.Module):
         # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity
         # (with shared_aln only the blocks' offsets are so small). They open soon: a small gate
         # does not make its own gradient small, and a step of Adam does not depend on the size of
-        # gradients. Their values by depth are the release's, for other depths 1e-5.
+        # gradients. (Open gates, 0.5, learned as fast with depth 3.) Their values by depth are the
+        # release's, for other depths 1e-5.
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4, 36: 5e-6}.get(depth, 1e-5)
         ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
@@ -239,8 +242,9 @@ class VAR(nn.Module):
         return self.attn_bias_for_masking[0, 0]
 
     def positions(self):
-        """The embeddings of position and of scale that are added to every input: (1, L, w). The
-        first scale has pos_start as well: redundant, but the release has it."""
+        """The embeddings of position and of scale that are added to every input: (1, L, w). Without
+        them the loss on drawn shapes is 0.8 nats per token higher. The first scale has pos_start as
+        well: redundant, but the release has it."""
         return self.pos_1LC + self.lvl_embed(self.lvl_1L)
 
     def modulations(self, condition):
@@ -301,12 +305,12 @@ class VAR(nn.Module):
 
         vae: a VQVAE, of which the quantizer is used. labels: (B,) class indices; num_classes for
         "no class". cfg: guidance of the last scale, for logits c with the class and u without
-        (1 + t) c - t u, where t grows from 0 at the first scale to cfg: coarse scales, which settle
-        what the image is about, keep their variety. Elsewhere guidance is often s = 1 + t. top_k,
+        (1 + t) c - t u, where t grows from 0 at the first scale to cfg, as in the release; a
+        constant t did as well on drawn shapes. Elsewhere guidance is often s = 1 + t. top_k,
         top_p: see filter_logits. given, keep: zero-shot editing (Section 6): K token maps (B, l) or
         (1, l), and K masks (l,), bool, that say which of their tokens are kept.
-        Returns K token maps (B, l), for VQVAE.decode. If the model has overflown, which float16
-        can bring about, the tokens of the last one are -1.
+        Returns K token maps (B, l), for VQVAE.decode. If numbers overflow, as they can in float16,
+        all tokens of the last map are -1.
         The same seed, an int, draws the same tokens on the same kind of device. Only the copy of
         labels to a GPU waits for it.
         """
@@ -339,7 +343,8 @@ class VAR(nn.Module):
             probabilities = filter_logits(logits, top_k, top_p).softmax(-1)     # (B, l, V)
             # All tokens of the scale are drawn at once: given r_<k they are independent. Two
             # neighbours can therefore each fit what is there and not fit each other. VAR relies on
-            # the coarser scales having settled what they share, and on the finer ones to repair.
+            # the coarser scales having settled what they share: of drawn shapes 66 % are classified
+            # correctly, and 21 % with a single map of 8x8 tokens (both with constant guidance 2).
             r_k = draw(probabilities, generator)                                # (B, l)
             if given is not None:
                 r_k = torch.where(keep[k], given[k], r_k)

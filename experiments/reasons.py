@@ -108,19 +108,24 @@ def blind_within_a_scale(var):
         block.attn.forward = partial(forward, block.attn)
 
 
-def open_gates(var):
-    for block in var.blocks:                    # 0.5 in place of 1e-5, as for the other vectors
+def larger_gates(var):
+    for block in var.blocks:                    # a factor of 0.5, as AdaLN's other vectors have
         block.ada_lin[1].weight.data.unflatten(0, (6, -1))[:2] *= 0.5 / 1e-5
 
 
-def plain_layer_norm(var):
-    """VAR.modulations returns the biases of AdaLN: gains, shifts and gates, which start at 1, are
-    learned for all classes alike. The class is known from the start token alone."""
+def open_gates(var):
+    for block in var.blocks:
+        block.ada_lin[1].bias.data.unflatten(0, (6, -1))[:2] = 1
+
+
+def plain_layer_norm(gate, var):
+    """VAR.modulations returns the biases of AdaLN: gains, shifts and gates, which start at `gate`,
+    are learned for all classes alike. The class is known from the start token alone."""
     modulations = var.modulations
 
     def plain(condition):
         blocks, head = modulations(torch.zeros_like(condition))
-        return [(1 + gamma1, 1 + gamma2, *rest) for gamma1, gamma2, *rest in blocks], head
+        return [(gate + gamma1, gate + gamma2, *x) for gamma1, gamma2, *x in blocks], head
 
     var.modulations = plain
 
@@ -160,10 +165,12 @@ ROWS = {
                                                 see=Raster, sampling=dict(cfg=Constant(2))),
     'input: enlarged codes of r_{k-1}': dict(see=last_codes),
     'inside a scale: tokens do not see each other': dict(var=blind_within_a_scale),
-    'gates: start open': dict(var=open_gates),
+    'gates: start at about 0.006': dict(var=larger_gates),
+    'gates: start at 1': dict(var=open_gates),
     'positions and scale embeddings: none': dict(
         var=lambda var: setattr(var, 'positions', lambda: torch.zeros_like(var.pos_1LC))),
-    'AdaLN: plain LayerNorm': dict(var=plain_layer_norm),
+    'AdaLN: plain LayerNorm': dict(var=partial(plain_layer_norm, 0)),
+    'AdaLN: plain LayerNorm, gates start at 1': dict(var=partial(plain_layer_norm, 1)),
     'queries and keys: not normalised': dict(var=plain_attention),
     'depth: 5': dict(depth=5),
     'top-k: all codes': dict(sampling=dict(top_k=0)),
