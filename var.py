@@ -136,7 +136,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Attention and FFN. The class scales and shifts the input of each, and gates its output: AdaLN
-    (Section 4). With a plain LayerNorm, 18 points fewer of drawn shapes are classified correctly.
+    (Section 4). With a plain LayerNorm, 20 points fewer of drawn shapes are classified correctly.
     Otherwise close to GPT-2, without rotary embedding, SwiGLU or RMSNorm."""
 
     def __init__(self, w, heads, drop_rate, shared_aln):
