@@ -270,8 +270,9 @@ def train_stage(stage, state):
             saved_at = time.monotonic()
 
         # Step: gradients of all processes, clipping, AdamW. Nothing here waits for a GPU.
+        lr = stage.lr * learning_rate(step, stage.steps)
         for group in optimizer.param_groups:
-            group['lr'] = stage.lr * learning_rate(step, stage.steps)
+            group['lr'] = lr
         batch = next(batches)
         if device.type == 'cuda':               # only a copy from pinned memory is asynchronous
             batch = [x.pin_memory() for x in batch]
@@ -289,8 +290,7 @@ def train_stage(stage, state):
             check()
             all_reduce([figures['loss']])
             seconds = (time.monotonic() - began) / (step + 1 - start)   # per step, all included
-            figures |= {'learning rate': stage.lr * learning_rate(step, stage.steps),
-                        'images/s': stage.batch / seconds}
+            figures |= {'learning rate': lr, 'images/s': stage.batch / seconds}
             if rank == 0:
                 write_log(config.out / 'log.csv', stage.name, step,
                           {f'train {name}': value for name, value in figures.items()})

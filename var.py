@@ -99,9 +99,7 @@ class Attention(nn.Module):
         self.mat_qkv = nn.Linear(w, 3 * w, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(w))
         self.v_bias = nn.Parameter(torch.zeros(w))
-        # Keys have no bias, as in the release: in q.k it would add the same to all keys of a query,
-        # which a softmax does not see.
-        self.register_buffer('zero_k_bias', torch.zeros(w))
+        self.register_buffer('zero_k_bias', torch.zeros(w))     # keys have none, as in the release
         self.proj = nn.Linear(w, w)
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4)))
 

@@ -157,10 +157,10 @@ ROWS = {
     'codebook: no restarts': dict(vae=lambda vae: setattr(vae.quantize, 'dead_below', 0.)),
     'codebook: restarts from all tokens alike': dict(           # 85, and not from each scale alike
         vae=lambda vae: (vae.quantize.sizes.fill_(85), vae.quantize.starts.zero_())),
-    'scales: 4, 8': dict(sides=(4, 8)),
-    'scales: 8, guidance constant 2': dict(sides=(8,), vae=nothing_before, sampling=dict(
-        cfg=Constant(2))),
-    'scales: 1, 8': dict(sides=(1, 8)),
+    'scales: 4, 8': dict(patch_nums=(4, 8)),
+    'scales: 8, guidance constant 2': dict(patch_nums=(8,), vae=nothing_before,
+                                           sampling=dict(cfg=Constant(2))),
+    'scales: 1, 8': dict(patch_nums=(1, 8)),
     'raster-scan AR, guidance constant 2': dict(tokenizer='scales: 8, guidance constant 2',
                                                 see=Raster, sampling=dict(cfg=Constant(2))),
     'input: enlarged codes of r_{k-1}': dict(see=last_codes),
@@ -244,21 +244,27 @@ def edit(vae, var, photos, sampling, drawn):
     return np.stack(samples), {k: mean(x[k] for x in changed) for k in changed[0]}
 
 
+def slug(name):
+    """The name of a row's folder."""
+    return re.sub(r'\W+', '-', name)
+
+
 def measure(data, judge, real, rows, out, **given):
     """Yields for each of the rows its name, figures, and samples uint8 (C, n, H, H, 3)."""
     C, n, (items, labels) = len(data.classes), 50, data.val
     photos = np.stack([np.stack(items)[labels == c][:n] for c in range(C)])  # (C, n, H, H, 3)
     photos = to_tensor(photos.reshape(C * n, *photos.shape[2:])).to(given['device'])
 
-    def start(name, **options):
+    def start(name):
         torch.manual_seed(given['seed'])
-        config = make_config({**given, 'out': out / re.sub(r'\W+', '-', name), **options})
+        changed = {key: x for key, x in ROWS[name].items() if key in ('patch_nums', 'depth')}
+        config = make_config({**given, 'out': out / slug(name), **changed})
         config.out.mkdir(parents=True, exist_ok=True)
         return config
 
     @cache
     def tokenizer(name):
-        config = start(name, **{'patch_nums': x for x in [ROWS[name].get('sides')] if x})
+        config = start(name)
         vae, _ = build(config, data.classes)
         ROWS[name].get('vae', lambda vae: None)(vae)
         train.train_tokenizer(config, data, vae, dict(stage='tokenizer', step=0, optimizer=None))
@@ -267,8 +273,9 @@ def measure(data, judge, real, rows, out, **given):
     @cache
     def transformer(name):
         row = ROWS[name]
-        vae, tokens = tokenizer(name if {'vae', 'sides'} & {*row} else row.get('tokenizer', BASE))
-        config = start(name, depth=row.get('depth', 3))
+        is_own = 'vae' in row or 'patch_nums' in row
+        vae, tokens = tokenizer(name if is_own else row.get('tokenizer', BASE))
+        config = start(name)
         seen = row.get('see', lambda vae: vae)(vae)
         var = VAR(seen.patch_nums, config.depth, C, *vae.quantize.embedding.weight.shape)
         row.get('var', lambda var: None)(var)
@@ -334,18 +341,17 @@ def main():
     data = read_data(config)
     judge, real = train_judge(data, config, 400)
     train.GRADED = 300                          # validation images of an evaluation: 1000 are slow
-    slugs = {name: re.sub(r'\W+', '-', name) for name in ROWS}
     for seed in args.seeds:
-        rows = [name for name, slug in slugs.items() if name.startswith((BASE, *args.rows))
-                and not (args.out / slug / f'{seed}.json').exists()]
+        rows = [name for name in ROWS if name.startswith((BASE, *args.rows))
+                and not (args.out / slug(name) / f'{seed}.json').exists()]
         for name, figures, samples in measure(data, judge, real, rows, args.out / f'seed {seed}',
                                               **given, seed=seed):
-            folder = args.out / slugs[name]
+            folder = args.out / slug(name)
             save_image(folder / f'{seed}.png', make_grid([samples[:, 0]]))
             text = json.dumps(figures).encode()
             write_file(folder / f'{seed}.json', lambda f: f.write(text))
             tell(f'{name}, seed {seed}: {figures}')
-    paths = {name: sorted((args.out / slug).glob('*.json')) for name, slug in slugs.items()}
+    paths = {name: sorted((args.out / slug(name)).glob('*.json')) for name in ROWS}
     paths = {name: x for name, x in paths.items() if x}
     write_table(args.out / 'reasons.md', {name: {path.stem: json.loads(path.read_text())
                                                  for path in x} for name, x in paths.items()})
