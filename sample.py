@@ -19,8 +19,7 @@ import torch
 
 from support.checkpoints import load
 from support.images import images_per_pass, make_grid, save_image, to_uint8
-from support.options import (a_count, add_shared, at_least_1, labels_of, make_parser, new_file,
-                             number)
+from support.options import a_count, at_least_1, labels_of, make_parser, new_file, number
 from support.run import (UserError, autocast, gather, pick_device, progress, rank_and_world, run,
                          seed_of, tell, write_file)
 
@@ -82,10 +81,9 @@ def write_images(args, images, labels):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed',
+                         '--npz', '--precision', '--device')
     add = parser.add_argument
-    add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--npz',
-               '--precision', '--device')
     add('--top-k', type=a_count, help='from the k likeliest codes; 0: all [of the checkpoint]')
     add('--top-p', type=number(float, 0, 1), help='nucleus sampling; 0: off [of the checkpoint]')
     add('--batch', type=at_least_1, help='images per pass [50; 16 at 256 px, 4 at 512 px]')

@@ -41,10 +41,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.checkpoints import build, fetch, load_weights, read_checkpoint, read_file, start_from
-from support.data import read_data, read_tokens, spread, step_rows, tokenize
+from support.data import read_data, read_tokens, spread, step_rows, write_tokens
 from support.grade import grade_tokenizer, grade_transformer
-from support.images import (crop, make_grid, read_all, read_images, save_image, to_tensor,
-                            to_uint8)
+from support.images import crop, make_grid, read_all, save_image, to_tensor, to_uint8
 from support.losses import VGG, AdversarialLoss, PerceptualLoss
 from support.options import NOT_SAVED, make_config, parse, resume_config
 from support.run import (UserError, agree, all_reduce, autocast, choose_precision, pick_device,
@@ -76,13 +75,12 @@ class TokenizerStage(nn.Module):
     def batches(self, start):
         """For each step from start: the tensors of this process, on the CPU. Crops are random, and
         with --flip so is whether they are mirrored."""
-        config = self.config
-        n = len(self.train_set)
+        config, n, (rank, world) = self.config, len(self.train_set), rank_and_world()
         for step, rows in step_rows(n, self.batch, config.seed, start, self.steps):
             rng = np.random.default_rng((config.seed, self.number, step))
             spots, mirrored = rng.random((self.batch, 2)), rng.random(self.batch) < 0.5
             crops = []
-            for i in range(*part_of(self.batch)):
+            for i in range(rank, self.batch, world):
                 pixels = crop(self.train_set[rows[i]], config.size, spots[i])
                 crops.append(pixels[:, ::-1] if config.flip and mirrored[i] else pixels)
             yield [torch.from_numpy(np.stack(crops))]                       # (B, H, W, 3)
@@ -133,10 +131,9 @@ class TransformerStage(nn.Module):
         self.batch, self.micro_batch = config.batch, config.micro_batch
 
     def batches(self, start):
-        n, seed = len(self.train_set[1]), self.config.seed
-        for _, rows in step_rows(n, self.batch, seed, start, self.steps):
-            rows = rows[slice(*part_of(self.batch))]
-            yield [torch.from_numpy(x[rows].astype(np.int64)) for x in self.train_set]
+        (rank, world), n = rank_and_world(), len(self.train_set[1])
+        for _, rows in step_rows(n, self.batch, self.config.seed, start, self.steps):
+            yield [torch.from_numpy(x[rows[rank::world]].astype(np.int64)) for x in self.train_set]
 
     def forward(self, step, tokens, labels):
         """tokens (B, L), labels (B,) -> the loss in nats per token, a scalar, and figures."""
@@ -186,14 +183,6 @@ def make_optimizer(stage):
     return torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.95), fused=True)
 
 
-def part_of(batch):
-    """Where this process's part of a batch begins and ends. UserError if it would be empty."""
-    rank, world = rank_and_world()
-    if batch < world:
-        raise UserError(f'a batch of {batch} images is too small for {world} processes')
-    return rank * batch // world, (rank + 1) * batch // world
-
-
 def gradients(stage, step, batch, scaler):
     """Seeds a step, and computes the gradients of this process's part of a batch, by micro-batches.
     Returns its part of the mean loss, and figures of the last one, as scalars on the device."""
@@ -212,21 +201,13 @@ def gradients(stage, step, batch, scaler):
     return {'loss': total, **figures}
 
 
-def evaluate(stage, step):
-    """Evaluates a stage, in the first process alone."""
-    config = stage.config
-    # Blocks that were compiled for training would be compiled anew for the shapes of sampling.
-    with autocast(config.device, config.precision), torch.compiler.set_stance('force_eager'):
-        graded = stage.eval().evaluate()
-    stage.train()                               # label dropout and stochastic depth are on again
-    write_log(config.out / 'log.csv', stage.name, step, graded)
-    show(f'{stage.name} {step}', graded)
-
-
 def train_stage(stage, state):
-    """Trains a stage from state['step'] to its end. Each turn: evaluate, save, step, show. state:
-    what ckpt.pt holds, kept up to date. UserError where the loss is no longer finite."""
+    """Trains a stage from state['step'] to its end. Each turn: step, show, evaluate, save. state:
+    what ckpt.pt holds, kept up to date by the first process. UserError where the loss is no longer
+    finite, or if there are more processes than images in a batch."""
     config, device, (rank, world) = stage.config, stage.config.device, rank_and_world()
+    if stage.batch < world:
+        raise UserError(f'a batch of {stage.batch} images is too small for {world} processes')
     precision = choose_precision(device, config.precision)
     stage.to(device).train()
     optimizer = make_optimizer(stage)
@@ -251,29 +232,13 @@ def train_stage(stage, state):
             raise UserError('the loss is no longer finite: --resume with a smaller --lr or '
                             '--tokenizer-lr, or with --precision float32')
 
-    def save(step):
-        modules = {name: module.state_dict() for name, module in stage.learned.items()}
-        state.update(modules, step=step, optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict())
-        write_state(state, config)
-
     start, began = state['step'], time.monotonic()
-    saved_at, batches = began, stage.batches(start)
-    for step in range(start, stage.steps):
-        # Evaluate and save. The first process does, and the others wait for its next step.
-        fifth = step % max(1, stage.steps // 5) == 0
-        if rank == 0 and step > start and (fifth or time.monotonic() > saved_at + SAVE_EVERY):
-            check()
-            if fifth:
-                evaluate(stage, step)
-            save(step)
-            saved_at = time.monotonic()
-
+    saved_at = began
+    for step, batch in enumerate(stage.batches(start), start):
         # Step: gradients of all processes, clipping, AdamW. Nothing here waits for a GPU.
         lr = stage.lr * learning_rate(step, stage.steps)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        batch = next(batches)
         if device.type == 'cuda':               # only a copy from pinned memory is asynchronous
             batch = [x.pin_memory() for x in batch]
         batch = [x.to(device, non_blocking=True) for x in batch]
@@ -284,23 +249,37 @@ def train_stage(stage, state):
         figures['gradient norm'] = nn.utils.clip_grad_norm_(learning, 2.0)  # as in the release
         scaler.step(optimizer)
         scaler.update()
+        done = step + 1
 
         # Show. Between evaluations and checkpoints, a single process waits for the GPU only here.
         if step % max(1, min(50, stage.steps // 20)) == 0:
             check()
             all_reduce([figures['loss']])
-            seconds = (time.monotonic() - began) / (step + 1 - start)   # per step, all included
+            seconds = (time.monotonic() - began) / (done - start)   # per step, all included
             figures |= {'learning rate': lr, 'images/s': stage.batch / seconds}
             if rank == 0:
                 write_log(config.out / 'log.csv', stage.name, step,
                           {f'train {name}': value for name, value in figures.items()})
                 show(f'{stage.name} {step}/{stage.steps}', figures,
                      more=f'{(stage.steps - step) * seconds / 60:.0f} min left')
-    if start < stage.steps:
-        check()
-    if rank == 0:
-        evaluate(stage, stage.steps)
-    save(stage.steps)
+
+        # Evaluate and save. The first process does, and the others wait for its next step.
+        fifth = done % max(1, stage.steps // 5) == 0 or done == stage.steps
+        if rank == 0 and (fifth or time.monotonic() > saved_at + SAVE_EVERY):
+            check()
+            if fifth:
+                # Compiled blocks would be compiled anew for the shapes of sampling.
+                with (autocast(device, config.precision),
+                      torch.compiler.set_stance('force_eager')):
+                    graded = stage.eval().evaluate()
+                stage.train()                   # label dropout and stochastic depth are on again
+                write_log(config.out / 'log.csv', stage.name, done, graded)
+                show(f'{stage.name} {done}', graded)
+            modules = {name: module.state_dict() for name, module in stage.learned.items()}
+            state.update(modules, step=done, optimizer=optimizer.state_dict(),
+                         scaler=scaler.state_dict())
+            write_state(state, config)
+            saved_at = time.monotonic()
 
 
 # ---- The command ----
@@ -356,28 +335,16 @@ def go_on(given, path):
 
 def train_tokenizer(config, data, vae, state):
     """Stage 1, if there is one, and then the tokens of all images: writes tokens.npz."""
-    side, (rank, world) = round(config.zoom * config.size), rank_and_world()
-    items, labels = data.val
-    graded = spread(len(items), GRADED)
-    sets = {'val': ([items[row] for row in graded], labels[graded]), 'train': data.train}
+    side, (items, labels) = round(config.zoom * config.size), data.val
+    rows = spread(len(items), GRADED)
+    sets = {'train': data.train, 'val': ([items[row] for row in rows], labels[rows])}
     if config.tokenizer == 'train':
         gigabytes = 4.5e-9 * len(data.train[0]) * side ** 2     # photographs of 3:2
         tell(f'each process reads all images, into about {gigabytes:.2g} GB of memory')
         sets = {name: read_all(*pair, side) for name, pair in sets.items()}
         agree([len(images) for images, _ in sets.values()], 'number of readable images')
         train_stage(TokenizerStage(config, vae, sets['train'][0], sets['val'][0]), state)
-    vae.to(config.device).eval()
-    arrays = {}
-    for name, (images, labels) in sets.items():
-        chunks = read_images(images, range(rank, len(images), world), side, 'images tokenized')
-        # With --flip every second view is mirrored, so that there are at least two.
-        views = max(config.views, 1 + config.flip) if name == 'train' else 1
-        found = tokenize(vae, chunks, config, views)
-        if rank == 0:
-            arrays[name], rows = found
-            arrays[f'{name}_labels'] = labels[rows]
-    if rank == 0:
-        write_file(config.out / 'tokens.npz', lambda f: np.savez(f, **arrays))
+    write_tokens(vae.to(config.device).eval(), sets, config)
 
 
 def main():
@@ -398,14 +365,13 @@ def main():
     agree(len(train[0]), 'number of images in tokens.npz')
     compiles = config.compile
     if compiles is None:                        # it takes a minute
-        compiles = (config.device.type == 'cuda' and config.steps >= 1000
-                    and find_spec('triton') is not None)
+        compiles = config.device.type == 'cuda' and config.steps >= 1000 and find_spec('triton')
     if compiles:
         torch._dynamo.config.suppress_errors = True     # without a C compiler, run as they are
         for block in var.blocks:
             block.compile()
     train_stage(TransformerStage(config, vae, var, train, val), state)
-    tell(f'wrote {path} and samples.png')
+    tell(f'done: python sample.py --ckpt {path}')
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from raster import Raster
-from support.options import add_shared, at_least_1, make_parser
+from support.options import at_least_1, make_parser
 from support.run import autocast, choose_precision, pick_device, run, tell
 from tokenizer import VQVAE
 from var import VAR
@@ -142,13 +142,12 @@ def compare(device, path):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, '--device')
     add = parser.add_argument
     add('--depths', type=at_least_1, nargs='+', default=[2, 4, 6, 16], help='[2 4 6 16]')
     add('--batch', type=at_least_1, default=4, help='images in training and in the tokenizer [4]')
     add('--draw', type=at_least_1, nargs='+', default=[1, 8], help='images sampled at once [1 8]')
     add('--compile', action='store_true', help='training also with torch.compile')
-    add_shared(parser, '--device')
     args = parser.parse_args()
     torch.manual_seed(0)
     device, B = pick_device(args.device), args.batch

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from sample import draw_all
 from support.checkpoints import load
 from support.images import crop, fit, make_grid, open_image, save_image, to_tensor
-from support.options import add_shared, labels_of, make_parser, new_file, number
+from support.options import labels_of, make_parser, new_file, number
 from support.run import UserError, pick_device, run, tell
 
 
@@ -70,7 +70,8 @@ def new_positions(P, size, boxes=(), mask=None, outside=False):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed',
+                         '--precision', '--device')
     add = parser.add_argument
     add('photo', type=Path, help='the photograph')
     add('--box', type=number(float, 0, 1), nargs=4, action='append', default=[],
@@ -78,8 +79,6 @@ def main():
     add('--mask', type=Path, help='an image, white where the photograph is generated')
     add('--outside', action='store_true', help='generate everything else instead')
     add('--out', type=new_file('.png'), default='edited.png', help='the sheet, a row per class')
-    add_shared(parser, '--ckpt', '--tokenizer', '--cls', '--n', '--cfg', '--seed', '--precision',
-               '--device')
     args = parser.parse_args()
     for path in filter(None, (args.photo, args.mask)):
         if args.out.exists() and args.out.samefile(path):

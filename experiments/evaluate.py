@@ -34,7 +34,7 @@ from support.checkpoints import load
 from support.data import read_data, spread
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import crop, read_all, read_images, to_tensor
-from support.options import a_count, add_shared, at_least_1, make_parser, new_file, number
+from support.options import a_count, at_least_1, make_parser, new_file, number
 from support.run import (UserError, autocast, pick_device, rank_and_world, run, show, tell,
                          write_file)
 
@@ -147,9 +147,8 @@ def draw_classes(vae, generate, n, classes, precision_name=None):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, '--ckpt', '--tokenizer', '--data', '--precision', '--device')
     add = parser.add_argument
-    add_shared(parser, '--ckpt', '--tokenizer', '--data', '--precision', '--device')
     add('--n', type=at_least_1, default=sys.maxsize,
         help='validation images for tokenizer and transformer, evenly spread [all]')
     add('--samples', type=number(int, 2), default=50, help='samples per class [50]')

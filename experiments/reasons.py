@@ -39,7 +39,7 @@ from support.checkpoints import build
 from support.data import read_data, read_tokens
 from support.grade import grade_transformer
 from support.images import make_grid, save_image, to_tensor, to_uint8
-from support.options import a_count, add_shared, at_least_1, make_config, make_parser
+from support.options import a_count, at_least_1, make_config, make_parser
 from support.run import autocast, pick_device, run, seed_of, tell, write_file
 from tokenizer import choose_phi
 from var import VAR, Attention
@@ -326,14 +326,13 @@ def write_table(path, found):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, '--device')
     add = parser.add_argument
     add('--rows', nargs='+', default=[''], help='those whose names begin so [all]')
     add('--seeds', type=a_count, nargs='+', default=[0, 1, 2], help='[0 1 2]')
     add('--tokenizer-steps', type=at_least_1, default=250, help='of each tokenizer [250]')
     add('--steps', type=at_least_1, default=500, help='of each transformer [500]')
     add('--out', type=Path, default='reasons', help='folder of the results [reasons]')
-    add_shared(parser, '--device')
     args = parser.parse_args()
     given = dict(device=pick_device(args.device), steps=args.steps,
                  tokenizer_steps=args.tokenizer_steps)

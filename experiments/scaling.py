@@ -31,7 +31,7 @@ from reasons import Stage
 from support.checkpoints import build, load
 from support.data import read_tokens
 from support.images import make_grid, save_image, to_uint8
-from support.options import add_shared, at_least_1, make_parser, nonnegative
+from support.options import at_least_1, make_parser, nonnegative
 from support.run import pick_device, run, tell
 from train import train_stage
 
@@ -109,9 +109,8 @@ def draw_laws(trained, path):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, '--ckpt', '--device')
     add = parser.add_argument
-    add_shared(parser, '--ckpt', '--device')
     add('--depths', type=at_least_1, nargs='+', default=[2, 3, 4, 6], help='[2 3 4 6]')
     add('--steps', type=at_least_1, default=1000, help='of each [1000]')
     add('--batch', type=at_least_1, default=32, help='images per step [32]')

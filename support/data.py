@@ -1,6 +1,5 @@
 """What is trained on: drawn shapes, CIFAR-10, folders of images; and their tokens. `groups` are a
-dict {class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, L tokens of all
-scales."""
+dict {class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, L tokens."""
 import os
 import tarfile
 import zlib
@@ -14,9 +13,9 @@ import numpy as np
 import torch
 
 from support.checkpoints import fetch
-from support.images import crop, images_per_pass, to_tensor
+from support.images import crop, images_per_pass, read_images, to_tensor
 from support.options import BUILT_IN
-from support.run import UserError, agree, gather, reason, tell
+from support.run import UserError, agree, gather, rank_and_world, reason, tell, write_file
 
 # The ten shapes: which points of the unit disc belong to each. A point is a complex number x + iy,
 # y downwards. A point is in the star if it is outside of at most one of the lines between the tips.
@@ -192,37 +191,44 @@ def step_rows(n, batch, seed, start, stop):
         yield step, np.array([permutation(place // n)[place % n] for place in places])
 
 
+@torch.no_grad()
+def tokenize(vae, items, views, config):
+    """This process's share of the tokens of the images of `items` that can be read: a list of the
+    index in `items`, which rises, and tokens uint16 (L,). The first view of an image is the centre
+    crop, the others are random ones; with --flip every second one is mirrored."""
+    (rank, world), size, found = rank_and_world(), vae.image_size, []
+    side, B = round(config.zoom * size), images_per_pass(size)
+    for chunk in read_images(items, range(rank, len(items), world), side, 'images tokenized'):
+        every = [(row, view, image) for row, image in chunk for view in range(views)]
+        for start in range(0, len(every), B):
+            rows, crops = [], []
+            for row, view, image in every[start:start + B]:
+                rng = np.random.default_rng((config.seed, view, row))
+                pixels = crop(image, size, rng.random(2)) if view > 0 else crop(image, size)
+                crops.append(pixels[:, ::-1] if config.flip and view % 2 else pixels)
+                rows.append(row)
+            images = torch.from_numpy(np.stack(crops)).to(config.device)
+            maps = vae.encode(to_tensor(images))                            # K of (B, l)
+            found += zip(rows, torch.cat(maps, dim=1).cpu().numpy().astype(np.uint16))
+    return found
+
+
+def write_tokens(vae, sets, config):
+    """tokens.npz of a run: all that stage 2 reads. sets: {name: (items, labels)}."""
+    arrays = {}
+    for name, (items, labels) in sets.items():
+        # With --flip every second view is mirrored, so that there are at least two.
+        views = max(config.views, 1 + config.flip) if name == 'train' else 1
+        parts = gather(tokenize(vae, items, views, config))
+        if parts:                               # the first process; the views stay in order
+            rows, tokens = zip(*sorted(chain(*parts), key=itemgetter(0)))
+            arrays[name], arrays[f'{name}_labels'] = np.stack(tokens), labels[[*rows]]
+    if arrays:
+        write_file(config.out / 'tokens.npz', lambda f: np.savez(f, **arrays))
+
+
 def read_tokens(folder):
     """tokens.npz in a folder: for training and for validation, tokens uint16 (N, L) and labels
     int64 (N,). Each view of an image is a row."""
     with np.load(folder / 'tokens.npz') as f:
         return (f['train'], f['train_labels']), (f['val'], f['val_labels'])
-
-
-@torch.no_grad()
-def tokenize(vae, chunks, config, views):
-    """The tokens of images, uint16 (N, L), and for each row the index of its image, int64 (N,),
-    which rises: of those of all processes, in the first one. The others get None.
-
-    chunks: lists of (row, image), as read_images() yields them. The first view of an image is the
-    centre crop, the others are random ones; with flip, every second view is mirrored.
-    """
-    size, B, found = vae.image_size, images_per_pass(vae.image_size), []
-    for chunk in chunks:
-        rows, crops = [], []
-        for row, image in chunk:
-            for view in range(views):
-                rng = np.random.default_rng((config.seed, view, row))
-                pixels = crop(image, size, rng.random(2)) if view > 0 else crop(image, size)
-                crops.append(pixels[:, ::-1] if config.flip and view % 2 else pixels)
-                rows.append(row)
-        for start in range(0, len(crops), B):
-            images = torch.from_numpy(np.stack(crops[start:start + B])).to(config.device)
-            maps = vae.encode(to_tensor(images))                            # K of (B, l)
-            tokens = torch.cat(maps, dim=1).cpu().numpy().astype(np.uint16)  # (B, L)
-            found += zip(rows[start:start + B], tokens)
-    parts = gather(found)
-    if parts is None:
-        return None
-    rows, tokens = zip(*sorted(chain(*parts), key=itemgetter(0)))       # views stay in order
-    return np.stack(tokens), np.array(rows)

@@ -54,8 +54,6 @@ def grade_transformer(vae, var, tokens, labels, device):
     figures = {}
     for name, x in (('loss', loss), ('error', wrong)):
         per_scale = [part.mean().item() for part in x.split(sizes)]
-        figures[name] = x.mean().item()
-        figures[f'{name} last'] = per_scale[-1]
-        for k, value in enumerate(per_scale):
-            figures[f'{name} {k}'] = value
+        figures |= {name: x.mean().item(), f'{name} last': per_scale[-1]}
+        figures |= {f'{name} {k}': value for k, value in enumerate(per_scale)}
     return figures

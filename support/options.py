@@ -9,12 +9,6 @@ import torch
 from support.run import PRECISIONS, UserError, write_file
 
 
-def make_parser(description):
-    """An argparse parser that shows the description as it is written, and a usage of one line."""
-    return argparse.ArgumentParser(description=description, usage='%(prog)s [options], see --help',
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from low to high."""
     def convert(text):
@@ -67,10 +61,14 @@ SHARED = {
     '--device': dict(help='cuda or cpu [the best there is]')}
 
 
-def add_shared(parser, *names):
-    """Adds options of SHARED to a parser."""
+def make_parser(text, *names):
+    """An argparse parser that shows the text as it is written, and a usage of one line. names: its
+    options of SHARED."""
+    parser = argparse.ArgumentParser(description=text, usage='%(prog)s [options], see --help',
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names:
         parser.add_argument(name, **SHARED[name])
+    return parser
 
 
 BUILT_IN = ('shapes', 'cifar10')        # what --data means by a name; all else is a folder

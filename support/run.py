@@ -49,8 +49,7 @@ def run(main):
         # While Python shuts down, a thread of gloo can abort the process: os._exit skips that.
         sys.stdout.flush()
         os._exit(status)
-    if status:
-        sys.exit(status)
+    sys.exit(status)
 
 
 def pick_device(name=None):
