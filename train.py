@@ -52,6 +52,8 @@ from support.run import (UserError, agree, all_reduce, autocast, choose_precisio
 
 SAVE_EVERY = 300        # seconds from one ckpt.pt to the next
 GRADED = 1000           # validation images, at most
+# What is printed; log.csv has all figures.
+SHOWN = ('loss', 'PSNR', 'codebook usage', 'error', 'images/s')
 
 # ---- The two stages: what is trained, on what, and by which loss ----
 
@@ -260,8 +262,8 @@ def train_stage(stage, state):
             if rank == 0:
                 write_log(config.out / 'log.csv', stage.name, step,
                           {f'train {name}': value for name, value in figures.items()})
-                show(f'{stage.name} {step}/{stage.steps}', figures,
-                     more=f'{(stage.steps - step) * seconds / 60:.0f} min left')
+                show(f'{stage.name} {step}/{stage.steps}', figures, SHOWN,
+                     f'{(stage.steps - step) * seconds / 60:.0f} min left')
 
         # Evaluate and save. The first process does, and the others wait for its next step.
         fifth = done % max(1, stage.steps // 5) == 0 or done == stage.steps
@@ -274,7 +276,7 @@ def train_stage(stage, state):
                     graded = stage.eval().evaluate()
                 stage.train()                   # label dropout and stochastic depth are on again
                 write_log(config.out / 'log.csv', stage.name, done, graded)
-                show(f'{stage.name} {done}', graded)
+                show(f'{stage.name} {done}', graded, SHOWN)
             modules = {name: module.state_dict() for name, module in stage.learned.items()}
             state.update(modules, step=done, optimizer=optimizer.state_dict(),
                          scaler=scaler.state_dict())

@@ -6,10 +6,9 @@
 Paper: Table 1 (time of sampling), and the appendix on time complexity: attention of n^2 tokens has
 O(n^4) pairs, as the last scale of VAR has once. Raster-scan AR without cached keys and values has
 n^2 such passes, O(n^6). Training (a forward and a backward pass on given tokens, without the
-optimizer) and sampling (guided, which doubles the batch) have the official sizes at 256 px. Weights
-are random, because speed does not depend on them. All times are medians. The peak matmul throughput
-is measured first and last: a shared machine changes its speed.
-Writes bench.png, the comparison with raster-scan AR, at depth 6.
+optimizer) and sampling (guided, which doubles the batch) have the official sizes at 256 px, and
+random weights. All times are medians. The peak matmul throughput is measured first and last: a
+shared machine changes its speed. Writes bench.png, the comparison with raster-scan AR, at depth 6.
 
 Letters: B images per batch, n side of the last token map, d depth, z code dimension, l tokens of
 one scale, L tokens of all.
@@ -19,18 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import support                                  # before torch: see there
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-
 from raster import Raster
 from support.options import at_least_1, make_parser
-from support.run import autocast, choose_precision, pick_device, run, tell
+from support.run import autocast, choose_precision, pick_device, run, show, tell
 from tokenizer import VQVAE
 from var import VAR
 
@@ -50,17 +46,12 @@ def seconds_of(work):
     return timer.adaptive_autorange().median
 
 
-def report(what, figures):
-    """Prints figures {unit: value}."""
-    tell(f'{what}: ' + ', '.join(f'{value:.4g} {unit}' for unit, value in figures.items()))
-
-
 def matmul_throughput(device):
     """FLOP/s of the product of two square matrices, in the precision that the device trains in."""
     n = 8192 if device.type == 'cuda' else 4096
     a, b = torch.randn(2, n, n, device=device).to(getattr(torch, choose_precision(device)))
     peak = 2 * n ** 3 / seconds_of(lambda: a @ b)
-    report('peak matmul throughput', {'GFLOP/s': peak / 1e9})
+    show('peak matmul throughput:', {'GFLOP/s': peak / 1e9})
     return peak
 
 
@@ -106,16 +97,8 @@ def sampling(vae, d, B, device):
     with autocast(device):
         decoder = seconds_of(lambda: vae.decode(maps))
     tokens = seconds_of(generate)
-    figures = {'images/s': B / (tokens + decoder), 'ms without the decoder': 1e3 * tokens,
-               'ms of the decoder': 1e3 * decoder}
-    if device.type == 'cuda':
-        # Starting the hundreds of small kernels of a pass takes longer than running them. Nothing
-        # in generate() waits for the GPU, so that all of it can be recorded and started as a whole.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            generate()
-        figures['ms without the decoder, as a CUDA graph'] = 1e3 * seconds_of(graph.replay)
-    return figures
+    return {'images/s': B / (tokens + decoder), 'ms without the decoder': 1e3 * tokens,
+            'ms of the decoder': 1e3 * decoder}
 
 
 def compare(device, path):
@@ -126,9 +109,10 @@ def compare(device, path):
         small, single = (VQVAE(x, ch=32, ch_mult=(1,)).to(device).eval() for x in (sides, (n,)))
         ours, others = (seconds_of(sampler(x, DEPTH, 1, device)) for x in (small, Raster(single)))
         times.append((ours, others))
-        report(f'{n}x{n} tokens', {'ms by VAR': 1e3 * ours, 'ms by raster-scan AR': 1e3 * others,
-                                   'times as fast': others / ours})
-    figure, axis = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
+        show(f'{n}x{n} tokens:', {'ms by VAR': 1e3 * ours, 'ms by raster-scan AR': 1e3 * others,
+                                  'times as fast': others / ours})
+    figure = Figure(figsize=(6.4, 4.4), layout='constrained')
+    axis = figure.subplots()
     for kind, exponent, y in zip(('VAR', 'raster-scan AR'), (4, 6), zip(*times)):
         growth = np.polyfit(np.log([*GRIDS]), np.log(y), 1)[0]
         axis.loglog([*GRIDS], y, 'o-', label=f'{kind}, cached keys and values: n^{growth:.1f}\n'
@@ -157,16 +141,16 @@ def main():
     images = torch.rand(B, 3, 256, 256, device=device) * 2 - 1              # (B, 3, H, W)
     with autocast(device):
         maps = vae.encode(images)                                           # K of (B, l)
-        report(f'tokenizer, batch {B}', {
+        show(f'tokenizer, batch {B}:', {
             'ms per image to encode': 1e3 * seconds_of(lambda: vae.encode(images)) / B,
             'ms per image to decode': 1e3 * seconds_of(lambda: vae.decode(maps)) / B})
     for d in args.depths:
         for compiled in [False, True] if args.compile else [False]:
             seconds, flop = training(vae, d, B, device, compiled)
-            report(f'training depth {d}, batch {B}, {"" if compiled else "not "}compiled', {
+            show(f'training depth {d}, batch {B}, {"" if compiled else "not "}compiled:', {
                 'images/s': B / seconds, 'of peak matmul throughput': flop / seconds / peak})
         for n in args.draw:
-            report(f'sampling depth {d}, batch {n}', sampling(vae, d, n, device))
+            show(f'sampling depth {d}, batch {n}:', sampling(vae, d, n, device))
     compare(device, 'bench.png')
     matmul_throughput(device)
 

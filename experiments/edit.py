@@ -1,15 +1,14 @@
 """Zero-shot editing (Section 6, Fig. 8): in-painting, out-painting, class-conditional editing.
 
-    python experiments/edit.py photo.jpg --mask mask.png                    # in-painting
+    python experiments/edit.py photo.jpg --box .25 .25 .75 .75              # in-painting
     python experiments/edit.py photo.jpg --box .25 .25 .75 .75 --cls 3      # as class 3
     python experiments/edit.py photo.jpg --box 0 0 1 .5 --outside           # out-painting
 
-The white part of the mask, or the inside of the boxes, is generated; the rest is kept. A mask is
-stretched over the whole photograph; where it is transparent, it marks nothing. Then both are
-cropped to the square in the middle, and a box is in fractions of this square. Without --cls the
-label is "no class", as in the paper's in- and out-painting, and --cfg has no effect. The sheet
-shows in each row the photograph, the part that is kept, and the results. The tokens that are kept
-are those of the whole photograph, so that the kept part shows the tokenizer's own errors.
+The inside of the boxes, fractions of the square in the middle of the photograph, is generated; the
+rest is kept. Without --cls the label is "no class", as in the paper's in- and out-painting, and
+--cfg has no effect. The sheet shows in each row the photograph, the part that is kept, and the
+results. The tokens that are kept are those of the whole photograph, so that the kept part shows the
+tokenizer's own errors.
 
 Letters: N images in all, H x W pixels, P side of the last token map, K scales, l tokens of one.
 """
@@ -45,28 +44,16 @@ def kept_tokens(keep, p):
     return small.flatten() > 0.5
 
 
-def new_positions(P, size, boxes=(), mask=None, outside=False):
-    """What is to be generated: latent positions (P, P) and pixels (size, size), both bool.
-
-    A box covers rows round(y0 P) to round(y1 P), columns likewise (as in the release). mask: uint8
-    (size, size), white where it is new. A position with one new pixel is new as a whole.
-    Raises UserError where nothing is left to keep or to generate.
-    """
-    if mask is not None and mask.max() <= 127:
-        raise UserError('--mask: nothing in it is white, 128 to 255, in the square in the middle')
-    patch = size // P
-    pixels = np.zeros((size, size), dtype=bool) if mask is None else mask > 127
+def new_positions(P, boxes, outside=False):
+    """Which latent positions are to be generated: bool (P, P). A box covers rows round(y0 P) to
+    round(y1 P), columns likewise (as in the release). outside: all others. UserError where nothing
+    is left to keep or to generate."""
+    new = np.zeros((P, P), dtype=bool)
     for y0, x0, y1, x1 in boxes:
-        rows = slice(round(y0 * P) * patch, round(y1 * P) * patch)
-        columns = slice(round(x0 * P) * patch, round(x1 * P) * patch)
-        pixels[rows, columns] = True
-    if outside:
-        pixels = ~pixels
-    new = pixels.reshape(P, patch, P, patch).any((1, 3))                    # (P, P)
+        new[round(y0 * P):round(y1 * P), round(x0 * P):round(x1 * P)] = True
     if new.all() or not new.any():
-        raise UserError(f'--box or --mask must leave 1 to {P * P - 1} of the {P} x {P} positions '
-                        'to generate')
-    return new, pixels
+        raise UserError(f'--box must cover 1 to {P * P - 1} of the {P} x {P} positions')
+    return ~new if outside else new
 
 
 def main():
@@ -74,15 +61,13 @@ def main():
                          '--precision', '--device')
     add = parser.add_argument
     add('photo', type=Path, help='the photograph')
-    add('--box', type=number(float, 0, 1), nargs=4, action='append', default=[],
+    add('--box', type=number(float, 0, 1), nargs=4, action='append', required=True,
         metavar=('Y0', 'X0', 'Y1', 'X1'), help='to be generated; may be given several times')
-    add('--mask', type=Path, help='an image, white where the photograph is generated')
     add('--outside', action='store_true', help='generate everything else instead')
     add('--out', type=new_file('.png'), default='edited.png', help='the sheet, a row per class')
     args = parser.parse_args()
-    for path in filter(None, (args.photo, args.mask)):
-        if args.out.exists() and args.out.samefile(path):
-            raise UserError(f'--out {args.out} would overwrite {path}: choose another')
+    if args.out.exists() and args.out.samefile(args.photo):
+        raise UserError(f'--out {args.out} would overwrite the photograph: choose another')
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer, device)
     config, size = ckpt['config'], vae.image_size
@@ -92,22 +77,18 @@ def main():
         options['cfg'] = 0.                     # "no class" is not guided by itself
     elif args.cfg is not None:
         options['cfg'] = args.cfg
-    whole, mask = open_image(args.photo, size), None
-    if args.mask:
-        white = open_image(args.mask, size, behind='black').resize(whole.size)
-        mask = crop(fit(white, size), size)[..., 0]                         # (H, W)
-    photo = crop(fit(whole, size), size)                                    # (H, W, 3)
-    new, pixels = new_positions(vae.patch_nums[-1], size, args.box, mask, args.outside)
+    photo = crop(fit(open_image(args.photo, size), size), size)             # (H, W, 3)
+    new = new_positions(vae.patch_nums[-1], args.box, args.outside)         # (P, P)
     keep = torch.from_numpy(~new).to(device)                                # (P, P)
     masks = [kept_tokens(keep, p) for p in vae.patch_nums]                  # K of (l,)
     given = vae.encode(to_tensor(photo[None]).to(device))       # K maps (1, l), for every image
     generate = partial(var.generate, vae, given=given, keep=masks, **options)
     frames = draw_all(vae, generate, labels, args.seed, args.precision or config['precision'])
-    drawn = frames[:, -1]                                                   # (N, H, W, 3)
+    pixels = np.kron(new, np.ones((size // len(new),) * 2, bool))           # (H, W)
     kept = np.where(pixels[..., None], np.uint8(128), photo)                # (H, W, 3)
-    rows = [np.stack([photo, kept, *row]) for row in np.split(drawn, len(drawn) // args.n)]
+    rows = [np.stack([photo, kept, *row]) for row in frames[:, -1].reshape(-1, args.n, *kept.shape)]
     save_image(args.out, make_grid(rows))
-    tell(f'drew {len(drawn)} images; wrote {args.out}')
+    tell(f'drew {len(frames)} images; wrote {args.out}')
 
 
 if __name__ == '__main__':

@@ -4,16 +4,14 @@
     python experiments/evaluate.py --ckpt var_d16.pth --tokenizer vae_ch160v4096z32.pth \
         --data ./imagenet
 
-Tokenizer, on validation images: PSNR, codebook usage of all scales and of each. The reconstructions
-are written for the evaluators of rFID, whose references need the same crops: for photographs the
-middle 8/9 of the centre square, as in training.
-Transformer, on the same images (Section 5.2): loss in nats per token and token error, over all
-scales, of the last one, and of each. Scales count from 0.
+Tokenizer, on validation images (of photographs the middle 8/9 of the centre square): PSNR, codebook
+usage of all scales and of each. Transformer, on the same images (Section 5.2): loss in nats per
+token and token error, over all scales, of the last one, and of each.
 Samples, of 32 and 64 px, where FID and IS (Section 5.1) say little: a small classifier of the
-training images gives the share that it takes for the class that was asked for, and the Frechet
-distance of their features from those of validation images, which should have all classes alike.
-Distances are comparable only by the same classifier and for as many samples. The share is too high:
-a classifier of a few classes learns the colours and textures that tell them apart.
+training images gives the share that it takes for the right class, and the Frechet distance of their
+features from those of validation images, which should have all classes alike. Distances are
+comparable only by the same classifier and for as many samples. The share is too high: a classifier
+of a few classes learns the colours and textures that tell them apart.
 
 Letters: N images of a set, B of a batch, H their side, n samples per class, C classes.
 """
@@ -34,9 +32,8 @@ from support.checkpoints import load
 from support.data import read_data, spread
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import crop, read_all, read_images, to_tensor
-from support.options import a_count, at_least_1, make_parser, new_file, number
-from support.run import (UserError, autocast, pick_device, rank_and_world, run, show, tell,
-                         write_file)
+from support.options import a_count, at_least_1, make_parser, number
+from support.run import UserError, autocast, pick_device, rank_and_world, run, show, tell
 
 WIDTHS = {32: (32, 64, 128), 64: (32, 64, 128, 128)}        # of the layers, by side of the images
 
@@ -138,12 +135,12 @@ def train_judge(data, config, steps):
     return judge, features
 
 
-def draw_classes(vae, generate, n, classes, precision_name=None):
-    """n samples of each of the classes (C,), a tensor: uint8 (C, n, H, H, 3). None in all processes
-    but the first. generate: as in draw_all()."""
-    labels = classes.repeat_interleave(n)                                   # (C n,)
+def draw_classes(vae, generate, n, C, precision_name=None):
+    """n samples of each of C classes: uint8 (C, n, H, H, 3). None in all processes but the first.
+    generate: as in draw_all()."""
+    labels = torch.arange(C).repeat_interleave(n)                           # (C n,)
     frames = draw_all(vae, generate, labels, 0, precision_name)             # (C n, 1, H, H, 3)
-    return None if frames is None else frames.reshape(len(classes), n, *frames.shape[2:])
+    return None if frames is None else frames.reshape(C, n, *frames.shape[2:])
 
 
 def main():
@@ -154,12 +151,10 @@ def main():
     add('--samples', type=number(int, 2), default=50, help='samples per class [50]')
     add('--judge-steps', type=a_count, default=400,
         help='of the classifier; 0: samples are not graded [400]')
-    add('--out', type=new_file('.npz'), default='reconstructions.npz', help='the images, rebuilt')
     args = parser.parse_args()
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer, device)
-    size, known = vae.image_size, ckpt['classes']
-    config = Namespace(**{**ckpt['config'], 'size': size, 'device': device})
+    config = Namespace(**{**ckpt['config'], 'size': vae.image_size, 'device': device})
     config.precision = args.precision or config.precision
     if args.data:
         vars(config).update(data=args.data, classes=0, limit=0)
@@ -167,28 +162,23 @@ def main():
         raise UserError(f'{args.ckpt} does not tell its data: add --data')
     data = read_data(config)
     items, labels = data.val
-    if known == [str(i) for i in range(len(data.classes))]:
-        known = data.classes                    # released files know their classes by number
-    index = {name: i for i, name in enumerate(known)}
-    unknown = [name for name in data.classes if name not in index]
-    if unknown:
-        raise UserError(f'{args.ckpt} does not know the classes {", ".join(unknown[:12])}')
-    indices = torch.tensor([index[name] for name in data.classes])          # (C,)
+    # Released files know their classes by number.
+    if ckpt['classes'] not in (data.classes, [str(i) for i in range(len(data.classes))]):
+        raise UserError(f'{args.ckpt} was not trained for the classes of {config.data}')
     samples = None                              # the Frechet distance needs two images
-    if args.judge_steps and size in WIDTHS and len(items) > 1:
+    if args.judge_steps and config.size in WIDTHS and len(items) > 1:
         generate = partial(var.generate, vae, **config.sampling)
-        samples = draw_classes(vae, generate, args.samples, indices, config.precision)
+        samples = draw_classes(vae, generate, args.samples, var.num_classes, config.precision)
     if rank_and_world()[0] > 0:                 # all processes draw, and the first one grades
         return
 
-    chunks = read_images(items, spread(len(items), args.n), round(config.zoom * size))
+    chunks = read_images(items, spread(len(items), args.n), round(config.zoom * config.size))
     with autocast(device, config.precision):
-        figures, rebuilt, tokens, rows = grade_tokenizer(vae, chunks, device)
-        labels, of = labels[rows], f'{len(rows)} validation images ({data.source})'
-        show(f'tokenizer, {of}:', figures, figures)
-        write_file(args.out, lambda f: np.savez(f, arr_0=rebuilt, arr_1=labels))
-        figures = grade_transformer(vae, var, tokens, indices[labels], device)
-        show(f'transformer, {of}:', figures, figures)
+        figures, tokens, rows = grade_tokenizer(vae, chunks, device)
+        of = f'{len(rows)} validation images ({data.source})'
+        show(f'tokenizer, {of}:', figures)
+        figures = grade_transformer(vae, var, tokens, torch.from_numpy(labels[rows]), device)
+        show(f'transformer, {of}:', figures)
     if samples is not None:
         judge, real = train_judge(data, config, args.judge_steps)
         shares, distance = judge.grade(samples, real)

@@ -1,11 +1,9 @@
 """Raster-scan AR, the baseline of Table 1 and Table 3: next-token prediction, equation (1).
 
-    from raster import Raster           # used by reasons.py and bench.py; not a command
-
 A raster-scan transformer is a VAR whose "scales" are single tokens: its block-causal mask is then
 the causal mask, and its generation with cached keys and values takes one pass per token. Width,
-depth and blocks are therefore those of VAR. This file holds what differs: how tokens become the
-transformer's input, and an image.
+depth and blocks are therefore those of VAR. This file, which reasons.py and bench.py use, holds
+what differs: how tokens become the transformer's input, and an image.
 
 Letters as in tokenizer.py; n is the side of the token map, so that there are n * n tokens.
 """

@@ -198,12 +198,12 @@ class Stage(train.TransformerStage):
 @torch.no_grad()
 def grade_scales(vae, x):
     """Of images (B, 3, H, W): PSNR after each scale, and how many of the V codes each uses."""
-    maps, figures = vae.encode(x), {}
-    for k, x_k in enumerate(vae.decode_scales(maps)):
+    maps, decibels = vae.encode(x), []
+    for x_k in vae.decode_scales(maps):
         mse = (x - x_k).square().mean((1, 2, 3))                            # (B,)
-        figures[f'PSNR {k}'] = figures['PSNR'] = -10 * (mse / 4).log10().mean().item()
-        figures[f'codes {k}'] = len(maps[k].unique())
-    return figures
+        decibels.append(-10 * (mse / 4).log10().mean().item())
+    return {'PSNR': decibels[-1], 'PSNR by scale': decibels,
+            'codes by scale': [len(r_k.unique()) for r_k in maps]}
 
 
 @torch.no_grad()
@@ -236,12 +236,12 @@ def edit(vae, var, photos, sampling, drawn):
     for label, x in enumerate(photos.roll(1, dims=0)):
         maps, grey, edge = vae.encode(x), x.clone(), x.shape[2] // P
         grey[:, :, edge:-edge, edge:-edge] = 0.
-        changed.append({f'changed {k}': (a != b)[:, mask].float().mean().item() for k, (a, b, mask)
-                        in enumerate(zip(maps, vae.encode(grey), masks)) if mask.any()})
+        changed.append([(a != b)[:, mask].float().mean().item()             # nan if none is kept
+                        for a, b, mask in zip(maps, vae.encode(grey), masks)])
         keeps = [torch.zeros_like(mask) for mask in masks[drawn]] + masks[drawn.stop:]
         maps = var.generate(vae, [label] * len(x), seed=label, given=maps, keep=keeps, **sampling)
         samples.append(to_uint8(vae.decode(maps)))
-    return np.stack(samples), {k: mean(x[k] for x in changed) for k in changed[0]}
+    return np.stack(samples), {'changed by scale': np.mean(changed, axis=0).tolist()}
 
 
 def slug(name):
@@ -281,8 +281,11 @@ def measure(data, judge, real, rows, out, **given):
         row.get('var', lambda var: None)(var)
         stage = Stage(config, seen, var, *tokens)
         train.train_stage(stage, dict(stage='transformer', step=0, optimizer=None))
-        losses = {f'loss at {i}/5': x['loss'] for i, x in enumerate(stage.history, start=1)}
-        return seen, var.eval(), {**grade_scales(vae, photos), **stage.history[-1], **losses}
+        last, K = stage.history[-1], len(vae.patch_nums)        # and not raster's scales
+        return seen, var.eval(), {
+            **grade_scales(vae, photos), 'loss': last['loss'],
+            'loss by scale': [last[f'loss {k}'] for k in range(K)],
+            'loss by fifth': [figures['loss'] for figures in stage.history]}
 
     for name in rows:
         row = ROWS[name]
@@ -297,7 +300,7 @@ def measure(data, judge, real, rows, out, **given):
             began, generate = time.monotonic(), partial(var.generate, vae, **sampling)
             if 'rounds' in row:
                 generate = partial(best_of, vae, var, row['rounds'], **sampling)
-            samples = draw_classes(vae, generate, n, torch.arange(C))
+            samples = draw_classes(vae, generate, n, C)
             figures = {**figures, 'ms per sample': 1e3 * (time.monotonic() - began) / (C * n)}
         shares, distance = judge.grade(samples, real)
         yield name, {**figures, 'distance': distance, 'correct': shares.mean().item()}, samples
@@ -305,23 +308,19 @@ def measure(data, judge, real, rows, out, **given):
 
 def write_table(path, found):
     """found: {row: {seed: figures}}. Figures of the first row, and the others' differences from
-    them with the same seed: means +- standard deviations. The last column has means by scale, and
-    of the loss after each fifth of the training."""
+    them with the same seed: means +- standard deviations. The last column has means of lists."""
     names = ['PSNR', 'loss', 'distance', 'correct', 'ms per sample']
     lines = [f'| | {" | ".join(names)} | |', '|---' * (len(names) + 2) + '|']
     for row, seeds in found.items():
-        cells, parts = [], []
+        cells = []
         for name in names:
             x = [figures[name] - (row != BASE and found[BASE][seed][name])
                  for seed, figures in seeds.items() if name in figures]
             spread = f' +- {stdev(x):.2g}' if len(x) > 1 else ''
             cells.append(f'{mean(x):{"" if row == BASE else "+"}.3g}{spread}' if x else '')
-        for kind in ('PSNR {}', 'codes {}', 'loss {}', 'changed {}', 'loss at {}/5'):
-            values = [[figures[name] for figures in seeds.values()] for name in map(
-                kind.format, range(6)) if all(name in figures for figures in seeds.values())]
-            if values and 'raster' not in row:  # whose scales are single tokens
-                parts.append(kind.split(' {')[0] + ''.join(f' {mean(x):.3g}' for x in values))
-        lines.append(f'| {row} | {" | ".join(cells)} | {"; ".join(parts)} |')
+        lists = [f'{name} {np.mean([figures[name] for figures in seeds.values()], axis=0).round(2)}'
+                 for name in [*seeds.values()][0] if ' by ' in name]
+        lines.append(f'| {row} | {" | ".join(cells)} | {"; ".join(lists)} |')
     path.write_text('\n'.join(lines) + '\n')
 
 

@@ -20,19 +20,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import support                                  # before torch: see there
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from reasons import Stage
 from support.checkpoints import build, load
 from support.data import read_tokens
 from support.images import make_grid, save_image, to_uint8
 from support.options import at_least_1, make_parser, nonnegative
-from support.run import pick_device, run, tell
+from support.run import pick_device, run, show, tell
 from train import train_stage
 
 FIGURES = {'loss last': 'L, last scale', 'loss': 'L, all scales',
@@ -85,8 +82,8 @@ def draw_laws(trained, path):
     """Figs. 5 and 6: the last figures against N (above), and those of all evaluations against C
     (below), with the power law of the Pareto front. trained: {depth: (N, C, figures of the
     evaluations)}."""
-    figure, axes = plt.subplots(2, 4, figsize=(14, 7), constrained_layout=True)
-    for (above, below), (name, title) in zip(axes.T, FIGURES.items()):
+    figure = Figure(figsize=(14, 7), layout='constrained')
+    for (above, below), (name, title) in zip(figure.subplots(2, 4).T, FIGURES.items()):
         of_N, of_C = [], []
         for depth, (N, C, history) in trained.items():
             values = [figures[name] for figures in history]
@@ -134,9 +131,7 @@ def main():
         train_stage(stage, dict(stage='transformer', step=0, optimizer=None))
         N, C = size_and_compute(var, args.steps * args.batch)
         trained[depth] = N, C, stage.history
-        last = ', '.join(f'{name} {stage.history[-1][name]:.4f}' for name in FIGURES)
-        tell(f'depth {depth}: {N:.2f} M parameters, {C:.3g} PFLOP, {last}')
-        # A row per depth; its columns are four classes, each after growing shares of the training.
+        show(f'depth {depth}: {N:.2f} M parameters, {C:.3g} PFLOP', stage.history[-1], FIGURES)
         samples = np.stack(stage.samples, axis=1)               # (4, evaluations, H, W, 3)
         grid.append(samples.reshape(-1, *samples.shape[2:]))
         save_image(args.out / 'scaling-grid.png', make_grid(grid))

@@ -5,19 +5,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.images import crop, images_per_pass, to_tensor, to_uint8
+from support.images import crop, images_per_pass, to_tensor
 
 
 @torch.no_grad()
 def grade_tokenizer(vae, chunks, device):
     """Grades the tokenizer on the centres of images: chunks are lists of (row, image), as
-    read_images() yields them. Returns figures, a dict; the reconstructions, uint8 (n, H, W, 3); the
-    images' tokens, int64 (n, L); and their rows, a list.
+    read_images() yields them. Returns figures, a dict; the images' tokens, int64 (n, L); and
+    their rows, a list.
 
     PSNR in dB. 'usage k' is the number of codes that scale k uses, divided by V, or by the number
     of its tokens in these images if that is smaller.
     """
-    decibels, rebuilt, tokens, rows, size = [], [], [], [], vae.image_size
+    decibels, tokens, rows, size = [], [], [], vae.image_size
     for chunk in chunks:
         rows += [row for row, _ in chunk]
         for start in range(0, len(chunk), images_per_pass(size)):
@@ -28,7 +28,6 @@ def grade_tokenizer(vae, chunks, device):
             mse = (a - b).square().mean((1, 2, 3)).clamp_min(1e-10)         # (B,)
             decibels.append(-10 * (mse / 4).log10().cpu())                  # peak to peak is 2
             tokens.append(torch.cat(maps, dim=1).cpu())                     # (B, L)
-            rebuilt.append(to_uint8(b))
     tokens = torch.cat(tokens)                                              # (n, L)
 
     hits = vae.quantize.count(tokens.to(device)).cpu()                      # (K, V)
@@ -36,7 +35,7 @@ def grade_tokenizer(vae, chunks, device):
     figures = {'PSNR': torch.cat(decibels).mean().item(),
                'codebook usage': (hits.sum(0) > 0).float().mean().item()}
     figures |= {f'usage {k}': value for k, value in enumerate(usage.tolist())}
-    return figures, np.concatenate(rebuilt), tokens, rows
+    return figures, tokens, rows
 
 
 @torch.no_grad()

@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 from support.run import UserError, progress, reason, write_file
 
 
-def open_image(path, size, behind='white'):
+def open_image(path, size):
     """An image file as an RGB PIL image, upright. A JPEG may be decoded smaller, down to 2 `size`.
     UserError if Pillow cannot read the whole of it, or for more than 8 bits per channel.
 
-    `behind` is the colour that shows through transparency, unless all of it is transparent. Of an
-    animation the first frame is used, and colour profiles are ignored.
+    White shows through transparency, unless all of it is transparent. Of an animation the first
+    frame is used, and colour profiles are ignored.
     """
     try:
         with Image.open(path) as image:
@@ -31,7 +31,7 @@ def open_image(path, size, behind='white'):
         if image.has_transparency_data:
             image = image.convert('RGBA')
             if image.getextrema()[3][1] > 0:
-                image = Image.alpha_composite(Image.new('RGBA', image.size, behind), image)
+                image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
         return image.convert('RGB')
     except Exception as e:                                  # a damaged file can raise anything
         raise UserError(f'cannot read {path}: {reason(e)}') from e

@@ -144,12 +144,9 @@ def progress(what, done, total, began):
     tell(f'\r{what}: {done} of {total}, {left:.0f} s left ', end='\n' if done == total else '')
 
 
-SHOWN = ('loss', 'PSNR', 'codebook usage', 'error', 'images/s')     # log.csv has all figures
-
-
-def show(title, figures, names=SHOWN, more=''):
-    """Prints those figures that are named, in the first process alone."""
-    parts = [f'{name} {figures[name]:.4g}' for name in names if name in figures]
+def show(title, figures, names=None, more=''):
+    """Prints figures, or those of them that are named, in the first process alone."""
+    parts = [f'{name} {figures[name]:.4g}' for name in names or figures if name in figures]
     tell('  '.join([title, *parts, more]))
 
 
