@@ -371,13 +371,12 @@ def filter_logits(logits, top_k=0, top_p=0.0):
         outside = torch.ones_like(logits, dtype=torch.bool).scatter(-1, likeliest, False)
         logits = logits.masked_fill(outside, -torch.inf)
     if 0 < top_p < 1:
-        # Probabilities are summed from the unlikeliest code on. While the sum is at most 1 - top_p,
-        # a code is outside the nucleus: of 0.1, 0.2, 0.3 and 0.4, whose sums are 0.1, 0.3, 0.6 and
-        # 1, the first two for a top_p of 0.6.
-        ascending, order = logits.sort(dim=-1)
-        unlikely = ascending.softmax(-1).cumsum(-1) <= 1 - top_p            # in ascending order
-        unlikely[..., -1] = False
-        outside = unlikely.scatter(-1, order, unlikely)                     # in the codes' order
+        # A code is outside if those that are likelier reach top_p without it: for a top_p of 0.6,
+        # of 0.4, 0.3, 0.2 and 0.1 the last two.
+        descending, order = logits.sort(dim=-1, descending=True)
+        p = descending.softmax(-1)                                          # (..., V)
+        outside = p.cumsum(-1) - p >= top_p                                 # in descending order
+        outside = outside.scatter(-1, order, outside)                       # in the codes' order
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
 
