@@ -5,10 +5,10 @@
     images = vae.decode(maps)       # Algorithm 2
 
 Paper (arXiv 2404.02905): Section 3.1, equations (2) to (5); Section 3.2, Algorithms 1 and 2.
-Where paper and release differ, this file follows the release; README.md lists where. Figures of
-drawn shapes are those of experiments/reasons.py, of a short training with each choice. Forward and
+Where paper and release differ, this file follows the release; README.md lists where. Forward and
 loss of the released tokenizer are published; its training loop, discriminator and the start of its
-codebook are not.
+codebook are not, so that the training of the codebook is this project's. Numbers for drawn shapes
+are from experiments/reasons.py, after a short training with each choice.
 
 Letters: B batch, H W image size, C channels, z code dimension, V codes, K scales, p side of the
 token map of one scale, P side of the last one and of the latent, l = p * p tokens of one scale,
@@ -148,10 +148,10 @@ def make_decoder(ch, ch_mult, z, blocks, norm):
 class Phi(nn.Conv2d):
     """phi(x) = 0.5 x + 0.5 conv(x), for x (B, z, P, P).
 
-    Section 3.2: it repairs what a token map loses when it is enlarged. It starts as the identity.
+    Section 3.2: it repairs what a token map loses when it is enlarged. The paper has one for each
+    scale, the release four, which its ten scales share: choose_phi(). It starts as the identity.
     Without phi, or with one for all scales, results on drawn shapes were not worse; images of 256
-    px were not tried.
-    It is a convolution, and does not hold one, because of the released names.
+    px were not tried. A subclass of Conv2d because of the released names.
     """
 
     def __init__(self, z):
@@ -217,10 +217,9 @@ class Quantizer(nn.Module):
         self.V = V
         self.embedding = nn.Embedding(V, z)
         self.embedding.requires_grad_(False)                # an EMA codebook: see update()
-        # All codes are 0 at first, so that f_hat stays 0 and every scale sees the shrunk f. All are
-        # then equally near, and nearest() takes code 0 for every vector: the first update() makes
-        # it their mean, and restarts the others, as dead ones, as random vectors. This asks for no
-        # scale of random codes; on drawn shapes such codes did as well.
+        # All codes are 0 at first, so that code 0 is taken for every vector: the first update()
+        # makes it their mean, and restarts all others, as dead ones, as random vectors. So nobody
+        # has to choose how large random codes should be; on drawn shapes such codes did as well.
         nn.init.zeros_(self.embedding.weight)
         phis = nn.ModuleList(Phi(z) for _ in range(phi_count))
         self.quant_resi = nn.ModuleDict({'qresi_ls': phis})
@@ -246,7 +245,7 @@ class Quantizer(nn.Module):
 
     def shrink(self, f, k):
         """interpolate(f, h_k, w_k) by area: f (B, z, P, P) -> (B, l, z). Where p does not divide P,
-        the cells overlap. At the last scale, p = P, f stays as it is; so do codes in enlarge()."""
+        the cells overlap. At the last scale, p = P, both interpolations are the identity."""
         small = F.interpolate(f, self.patch_nums[k], mode='area')           # (B, z, p, p)
         return small.flatten(2).transpose(1, 2)                             # (B, l, z)
 
@@ -435,9 +434,9 @@ class VQVAE(nn.Module):
 
         The input for scale k is the accumulated f_hat of all scales before it, shrunk to the size
         of scale k. It is not the embeddings of r_{k-1}, as Fig. 4 may suggest: each map refines
-        what all before it have made, and with r_{k-1} alone the loss on drawn shapes is 3.27 nats
-        per token in place of 3.04. Returns (B, L - l, z), where l are the tokens of the first
-        scale.
+        what all before it have made. With r_{k-1} alone the loss on drawn shapes is 3.27 nats per
+        token in place of 3.04, but samples are not worse. Returns (B, L - l, z), where l are the
+        tokens of the first scale.
         """
         parts = [self.quantize.shrink(f_hat, k)                             # (B, l, z) each
                  for k, f_hat in enumerate(self.quantize.algorithm2(maps[:-1]), start=1)]

@@ -66,7 +66,7 @@ class TokenizerStage(nn.Module):
         super().__init__()
         self.config, self.vae, self.train_set, self.val_set = config, vae, train, val
         self.steps, self.lr = config.tokenizer_steps, config.tokenizer_lr
-        self.batch = self.micro_batch = config.tokenizer_batch  # lambda_G is that of a whole batch
+        self.batch = self.micro_batch = config.tokenizer_batch  # undivided: a lambda_G per step
         self.perceptual = PerceptualLoss(read_file(fetch(*VGG))) if config.perceptual else None
         self.learned, self.adversarial = {'vae': vae}, None     # what a checkpoint holds
         if config.adversarial:

@@ -34,9 +34,9 @@ def kept_tokens(keep, p):
 
     The mask is shrunk bilinearly: of a cell, however large, only the four mask values nearest its
     middle count, and the cell is kept if their weighted mean is above one half. The 1x1 map is
-    always kept: its token stands for the whole image. Kept tokens also depend on the part that was
-    removed: if it is made grey before drawn shapes are encoded, 97 to 100 % of the kept tokens
-    differ (reasons.py). How much of its content they carry was not measured.
+    always kept: its token stands for the whole image. Other kept tokens, too, depend on the removed
+    part, through the encoder's attention and the scales before: if it is made grey before drawn
+    shapes are encoded, 97 to 100 % of them change (reasons.py). What they tell of it is unknown.
     """
     if p == 1:
         return torch.ones(1, dtype=torch.bool, device=keep.device)
