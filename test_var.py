@@ -595,7 +595,7 @@ def test_two_machines_train_as_one_process_does(trained, tmp_path, monkeypatch):
 
 
 def test_a_killed_run_ends_with_the_same_bits(trained, tmp_path):
-    """It saves before every step, and is killed when it would save: a step is lost each time."""
+    """It saves after every step, and is killed when it would save: a step is lost each time."""
     words = begin = ('--data', trained / 'images', *TINY, '--flip', '--tokenizer-steps', 12,
                      '--steps', 8, '--micro-batch', 3)
     for end, *before in ((('tokenizer', 8), 'tokenizer', 7),                # L_G starts at 6

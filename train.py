@@ -52,8 +52,7 @@ from support.run import (UserError, agree, all_reduce, autocast, choose_precisio
 
 SAVE_EVERY = 300        # seconds from one ckpt.pt to the next
 GRADED = 1000           # validation images, at most
-# What is printed; log.csv has all figures.
-SHOWN = ('loss', 'PSNR', 'codebook usage', 'error', 'images/s')
+SHOWN = ('loss', 'PSNR', 'codebook usage', 'error', 'images/s')     # log.csv has all figures
 
 # ---- The two stages: what is trained, on what, and by which loss ----
 
@@ -133,6 +132,7 @@ class TransformerStage(nn.Module):
         self.batch, self.micro_batch = config.batch, config.micro_batch
 
     def batches(self, start):
+        """For each step from start: tokens (B, L) and labels (B,) of this process, on the CPU."""
         (rank, world), n = rank_and_world(), len(self.train_set[1])
         for _, rows in step_rows(n, self.batch, self.config.seed, start, self.steps):
             yield [torch.from_numpy(x[rows[rank::world]].astype(np.int64)) for x in self.train_set]
@@ -226,7 +226,7 @@ def train_stage(stage, state):
     tell(f'{stage.name}: {sum(p.numel() for p in parameters) / 1e6:.1f} M weights, {stage.steps} '
          f'steps of {stage.batch} images, on {world} x {device} in {precision}')
 
-    def check():
+    def check_finite():
         """Ends the run if the last step was not finite; in float16 only once the scale is down to
         1, because a smaller one may help. Waits for a GPU."""
         finite = math.isfinite(figures['loss'] + figures['gradient norm'])
@@ -255,7 +255,7 @@ def train_stage(stage, state):
 
         # Show. Between evaluations and checkpoints, a single process waits for the GPU only here.
         if step % max(1, min(50, stage.steps // 20)) == 0:
-            check()
+            check_finite()
             all_reduce([figures['loss']])
             seconds = (time.monotonic() - began) / (done - start)   # per step, all included
             figures |= {'learning rate': lr, 'images/s': stage.batch / seconds}
@@ -263,12 +263,12 @@ def train_stage(stage, state):
                 write_log(config.out / 'log.csv', stage.name, step,
                           {f'train {name}': value for name, value in figures.items()})
                 show(f'{stage.name} {step}/{stage.steps}', figures, SHOWN,
-                     f'{(stage.steps - step) * seconds / 60:.0f} min left')
+                     f'{(stage.steps - done) * seconds / 60:.0f} min left')
 
-        # Evaluate and save. The first process does, and the others wait for its next step.
-        fifth = done % max(1, stage.steps // 5) == 0 or done == stage.steps
+        # Evaluate and save. The first process does, and the others wait for it.
+        fifth = done * 5 // stage.steps > step * 5 // stage.steps
         if rank == 0 and (fifth or time.monotonic() > saved_at + SAVE_EVERY):
-            check()
+            check_finite()
             if fifth:
                 # Compiled blocks would be compiled anew for the shapes of sampling.
                 with (autocast(device, config.precision),
@@ -336,7 +336,7 @@ def go_on(given, path):
 
 
 def train_tokenizer(config, data, vae, state):
-    """Stage 1, if there is one, and then the tokens of all images: writes tokens.npz."""
+    """Stage 1, if there is one; then tokens.npz, of all training and GRADED validation images."""
     side, (items, labels) = round(config.zoom * config.size), data.val
     rows = spread(len(items), GRADED)
     sets = {'train': data.train, 'val': ([items[row] for row in rows], labels[rows])}

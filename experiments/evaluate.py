@@ -4,7 +4,7 @@
     python experiments/evaluate.py --ckpt var_d16.pth --tokenizer vae_ch160v4096z32.pth \
         --data ./imagenet
 
-Tokenizer, on validation images (of photographs the middle 8/9 of the centre square): PSNR, codebook
+Tokenizer, on validation images (from 64 px on the middle 8/9 of the centre square): PSNR, codebook
 usage of all scales and of each. Transformer, on the same images (Section 5.2): loss in nats per
 token and token error, over all scales, of the last one, and of each.
 Samples, of 32 and 64 px, where FID and IS (Section 5.1) say little: a small classifier of the
@@ -157,7 +157,7 @@ def main():
     config = Namespace(**{**ckpt['config'], 'size': vae.image_size, 'device': device})
     config.precision = args.precision or config.precision
     if args.data:
-        vars(config).update(data=args.data, classes=0, limit=0)
+        vars(config).update(data=args.data, classes=len(ckpt['classes']), limit=0)
     if 'data' not in config:
         raise UserError(f'{args.ckpt} does not tell its data: add --data')
     data = read_data(config)

@@ -40,7 +40,7 @@ from support.data import read_data, read_tokens
 from support.grade import grade_transformer
 from support.images import make_grid, save_image, to_tensor, to_uint8
 from support.options import a_count, at_least_1, make_config, make_parser
-from support.run import autocast, pick_device, run, seed_of, tell, write_file
+from support.run import autocast, pick_device, run, seed_of, write_file
 from tokenizer import choose_phi
 from var import VAR, Attention
 
@@ -281,11 +281,12 @@ def measure(data, judge, real, rows, out, **given):
         row.get('var', lambda var: None)(var)
         stage = Stage(config, seen, var, *tokens)
         train.train_stage(stage, dict(stage='transformer', step=0, optimizer=None))
-        last, K = stage.history[-1], len(vae.patch_nums)        # and not raster's scales
-        return seen, var.eval(), {
-            **grade_scales(vae, photos), 'loss': last['loss'],
-            'loss by scale': [last[f'loss {k}'] for k in range(K)],
-            'loss by fifth': [figures['loss'] for figures in stage.history]}
+        last, K = stage.history[-1], len(vae.patch_nums)
+        figures = {**grade_scales(vae, photos), 'loss': last['loss'],
+                   'loss by fifth': [x['loss'] for x in stage.history]}
+        if seen.patch_nums == vae.patch_nums:                   # Raster's are single tokens
+            figures['loss by scale'] = [last[f'loss {k}'] for k in range(K)]
+        return seen, var.eval(), figures
 
     for name in rows:
         row = ROWS[name]
@@ -348,7 +349,6 @@ def main():
             save_image(folder / f'{seed}.png', make_grid([samples[:, 0]]))
             text = json.dumps(figures).encode()
             write_file(folder / f'{seed}.json', lambda f: f.write(text))
-            tell(f'{name}, seed {seed}: {figures}')
     paths = {name: sorted((args.out / slug(name)).glob('*.json')) for name in ROWS}
     paths = {name: x for name, x in paths.items() if x}
     write_table(args.out / 'reasons.md', {name: {path.stem: json.loads(path.read_text())

@@ -1,5 +1,6 @@
 """What is trained on: drawn shapes, CIFAR-10, folders of images; and their tokens. `groups` are a
-dict {class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, L tokens."""
+dict {class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, B of
+them per pass, K scales, l tokens of one, L of all."""
 import os
 import tarfile
 import zlib
@@ -193,9 +194,10 @@ def step_rows(n, batch, seed, start, stop):
 
 @torch.no_grad()
 def tokenize(vae, items, views, config):
-    """This process's share of the tokens of the images of `items` that can be read: a list of the
-    index in `items`, which rises, and tokens uint16 (L,). The first view of an image is the centre
-    crop, the others are random ones; with --flip every second one is mirrored."""
+    """This process's share of the tokens of all `items`, but those that cannot be read: a list of
+    (index in items, tokens uint16 (L,)), in the order of items, `views` for each. The first view of
+    an image is the centre crop, the others are random ones; with --flip every second is mirrored.
+    """
     (rank, world), size, found = rank_and_world(), vae.image_size, []
     side, B = round(config.zoom * size), images_per_pass(size)
     for chunk in read_images(items, range(rank, len(items), world), side, 'images tokenized'):

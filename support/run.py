@@ -118,7 +118,8 @@ def gather(x):
 
 
 def agree(x, what):
-    """UserError unless x is the same in all processes: a shared disk can show one fewer files."""
+    """UserError in the first process unless x is the same in all: a shared disk can show one fewer
+    files."""
     found = gather(x) or [x]
     if found != found[:1] * len(found):
         raise UserError(f'the processes do not see the same {what}: {found}')
