@@ -19,7 +19,7 @@ import torch
 
 from support.checkpoints import load
 from support.images import images_per_pass, make_grid, save_image, to_uint8
-from support.options import a_count, at_least_1, labels_of, make_parser, new_file, number
+from support.options import a_count, at_least_1, chosen_labels, make_parser, new_file, number
 from support.run import (UserError, autocast, gather, pick_device, progress, rank_and_world, run,
                          seed_of, tell, write_file)
 
@@ -94,7 +94,7 @@ def main():
     options = {**ckpt['config']['sampling'], **{
         name: value for name, value in vars(args).items()
         if name in ('cfg', 'top_k', 'top_p') and value is not None}}
-    labels = labels_of(args, ckpt, range(min(10, var.num_classes)))         # (N,)
+    labels = chosen_labels(args, ckpt, range(min(10, var.num_classes)))         # (N,)
     if args.npz:
         labels = shuffled(labels, args.seed)
     frames = draw_all(vae, partial(var.generate, vae, **options), labels, args.seed,

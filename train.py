@@ -40,7 +40,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoints import build, fetch, load_weights, read_checkpoint, read_file, start_from
+from support.checkpoints import build, fetch, load_weights, new_models, read_checkpoint, read_file
 from support.data import read_data, read_tokens, spread, step_rows, write_tokens
 from support.grade import grade_tokenizer, grade_transformer
 from support.images import crop, make_grid, read_all, save_image, to_tensor, to_uint8
@@ -301,7 +301,7 @@ def begin(given, path):
     data = read_data(config)
     if 'steps' not in given:                    # each image at most 300 times
         config.steps = min(config.steps, 300 * len(data.train[0]) // config.batch)
-    vae, var = start_from(config, given, data.classes)
+    vae, var = new_models(config, given, data.classes)
     if vae.image_size != config.size:
         raise UserError(f'--size {config.size}: with the scales {vae.patch_nums} the tokenizer '
                         f'makes images of {vae.image_size} px')

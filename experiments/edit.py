@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from sample import draw_all
 from support.checkpoints import load
 from support.images import crop, fit, make_grid, open_image, save_image, to_tensor
-from support.options import labels_of, make_parser, new_file, number
+from support.options import chosen_labels, make_parser, new_file, number
 from support.run import UserError, pick_device, run, tell
 
 
@@ -71,7 +71,7 @@ def main():
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer, device)
     config, size = ckpt['config'], vae.image_size
-    labels = labels_of(args, ckpt, [var.num_classes])                       # (N,), "no class"
+    labels = chosen_labels(args, ckpt, [var.num_classes])                       # (N,), "no class"
     options = dict(config['sampling'])
     if not args.cls:
         options['cfg'] = 0.                     # "no class" is not guided by itself

@@ -45,7 +45,7 @@ def read_file(path):
                         'what could run code is not loaded') from e
 
 
-def of_release(vae, var):
+def wrap_release(vae, var):
     """The checkpoint of released state dicts, of which one may be None. What they do not state is
     measured in the transformer's tensors, or is as in the released models. Classes are called by
     their indices. A tokenizer alone does not tell its scales."""
@@ -66,11 +66,11 @@ def read_checkpoint(path, tokenizer=None):
     ckpt = read_file(path)
     nested = ckpt.get('trainer', {})                            # of the official trainer
     if {'vae_local', 'var_wo_ddp'} <= {*nested}:
-        ckpt = of_release(nested['vae_local'], nested['var_wo_ddp'])
+        ckpt = wrap_release(nested['vae_local'], nested['var_wo_ddp'])
     elif {'lvl_1L', 'class_emb.weight'} <= {*ckpt}:             # a released transformer
-        ckpt = of_release(None, ckpt)
+        ckpt = wrap_release(None, ckpt)
     elif 'quantize.embedding.weight' in ckpt:                   # a released tokenizer
-        ckpt = of_release(ckpt, None)
+        ckpt = wrap_release(ckpt, None)
     elif not ({'config', 'stage', 'vae', 'var'} <= {*ckpt} and 'network' in ckpt['config']):
         raise UserError(f'{path} is no checkpoint of train.py, and no released one')
     if tokenizer:
@@ -111,7 +111,7 @@ def load(path, tokenizer=None, device='cpu'):
     return vae.eval().to(device), var.eval().to(device), ckpt
 
 
-def start_from(config, given, classes):
+def new_models(config, given, classes):
     """The models of a new run, on the CPU: (vae, var).
 
     They have the weights of --init and, for a released transformer, of the tokenizer in the file

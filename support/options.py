@@ -181,9 +181,9 @@ def resume_config(given, ckpt):
     return config
 
 
-def labels_of(args, ckpt, otherwise):
-    """The labels (N,) of --n images of each class of --cls: names, indices, or 'all'. Without it of
-    the classes `otherwise`. UserError for unknown ones."""
+def chosen_labels(args, ckpt, otherwise):
+    """The labels (N,) of --n images of each class of --cls: names, indices, or 'all'; without
+    --cls, of the classes `otherwise`. UserError for unknown ones."""
     names = ckpt['classes']
     known = {str(i): i for i in range(len(names))}
     known.update((name, i) for i, name in enumerate(names))         # a folder may be called 7

@@ -216,7 +216,7 @@ def test_subsets_and_names_of_classes(tmp_path, monkeypatch):
     assert {*found.val[1]} == {0, 1} and not {*items} & {*found.val[0]}
     for words, labels in ((['dog, hot', '2', '1'], [2, 0, 1]), (['all'], [0, 1, 2]), (None, [3])):
         asked = Mock(cls=words, n=1)                            # a name before it is a number
-        assert options.labels_of(asked, {'classes': names}, [3]).tolist() == labels
+        assert options.chosen_labels(asked, {'classes': names}, [3]).tolist() == labels
 
 
 def test_cifar10(tmp_path):
@@ -287,11 +287,11 @@ def test_how_a_run_begins(trained, tmp_path, monkeypatch):
     """Until stage 2 there is nothing to sample from, although --init has a transformer."""
     shutil.copytree(trained / 'images', tmp_path / 'images')
     words = '--data', 'images', *TINY, '--init', trained / 'ckpt.pt', '--tokenizer', 'train'
-    start_from, path = train.start_from, tmp_path / 'ckpt.pt'
+    new_models, path = train.new_models, tmp_path / 'ckpt.pt'
     with monkeypatch.context() as patch:                        # another run begins meanwhile
-        patch.setattr(train, 'start_from', lambda *args: path.touch() or start_from(*args))
+        patch.setattr(train, 'new_models', lambda *args: path.touch() or new_models(*args))
         assert 'ckpt.pt is there: --resume' in go(tmp_path, train, *words, status=2)
-        patch.setattr(train, 'start_from', start_from)          # and was killed at once
+        patch.setattr(train, 'new_models', new_models)          # and was killed at once
         patch.setattr(train, 'train_stage', Mock(side_effect=KeyboardInterrupt))
         go(tmp_path, train, *words, '--resume', status=130)
     whole = path.read_bytes()
