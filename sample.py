@@ -94,7 +94,7 @@ def main():
     options = {**ckpt['config']['sampling'], **{
         name: value for name, value in vars(args).items()
         if name in ('cfg', 'top_k', 'top_p') and value is not None}}
-    labels = chosen_labels(args, ckpt, range(min(10, var.num_classes)))         # (N,)
+    labels = chosen_labels(args, ckpt, range(min(10, var.num_classes)))     # (N,)
     if args.npz:
         labels = shuffled(labels, args.seed)
     frames = draw_all(vae, partial(var.generate, vae, **options), labels, args.seed,

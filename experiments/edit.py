@@ -71,7 +71,7 @@ def main():
     device = pick_device(args.device)
     vae, var, ckpt = load(args.ckpt, args.tokenizer, device)
     config, size = ckpt['config'], vae.image_size
-    labels = chosen_labels(args, ckpt, [var.num_classes])                       # (N,), "no class"
+    labels = chosen_labels(args, ckpt, [var.num_classes])                   # (N,), "no class"
     options = dict(config['sampling'])
     if not args.cls:
         options['cfg'] = 0.                     # "no class" is not guided by itself

@@ -1,6 +1,6 @@
 """What is trained on: drawn shapes, CIFAR-10, folders of images; and their tokens. `groups` are a
-dict {class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, B of
-them per pass, K scales, l tokens of one, L of all."""
+dict {class: items}; items are paths, or arrays uint8 (H, W, 3). Letters: N images, B of them
+per pass, K scales, l tokens of one, L of all."""
 import os
 import tarfile
 import zlib
@@ -203,15 +203,15 @@ def tokenize(vae, items, views, config):
     for chunk in read_images(items, range(rank, len(items), world), side, 'images tokenized'):
         every = [(row, view, image) for row, image in chunk for view in range(views)]
         for start in range(0, len(every), B):
-            rows, crops = [], []
-            for row, view, image in every[start:start + B]:
+            part, crops = every[start:start + B], []
+            for row, view, image in part:
                 rng = np.random.default_rng((config.seed, view, row))
                 pixels = crop(image, size, rng.random(2)) if view > 0 else crop(image, size)
                 crops.append(pixels[:, ::-1] if config.flip and view % 2 else pixels)
-                rows.append(row)
             images = torch.from_numpy(np.stack(crops)).to(config.device)
             maps = vae.encode(to_tensor(images))                            # K of (B, l)
-            found += zip(rows, torch.cat(maps, dim=1).cpu().numpy().astype(np.uint16))
+            tokens = torch.cat(maps, dim=1).cpu().numpy().astype(np.uint16)     # (B, L)
+            found += [(row, r) for (row, *_), r in zip(part, tokens)]
     return found
 
 
